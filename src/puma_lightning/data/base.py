@@ -1,0 +1,76 @@
+"""The one batch format, and the check that every batch passes before a model sees it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+
+def check_batch(batch: Any, *, mask_id: int, vocab_size: int, min_answer_length: int = 1, clean: bool = True) -> Batch:
+    """Check a batch ``{"input_ids": (B, L), "prompt_mask": (B, L)}`` from any DataModule.
+
+    Args:
+        batch: What a DataLoader returned. Without a ``prompt_mask`` nothing is given.
+        mask_id: The mask token.
+        vocab_size: V; token ids must be in 0..V-1.
+        min_answer_length: The shortest answer allowed, in positions; 0 lets a prompt cover everything.
+        clean: Whether the answer must be free of mask tokens (it need not be for prediction).
+
+    Returns:
+        ``{"input_ids": (B, L) int64, "prompt_mask": (B, L) bool}``.
+
+    Raises:
+        ValueError: If the batch has another form, or holds what no model can be trained on.
+    """
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        got = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f'expected a batch {{"input_ids": (B, L) int64, "prompt_mask": (B, L) bool}}, got {got}; '
+            "return such a dictionary from your Dataset"
+        )
+    input_ids = batch["input_ids"]
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(
+            f"input_ids must be (B, L) integers, got {tuple(input_ids.shape)} {input_ids.dtype}; "
+            "every sequence must have the same length"
+        )
+    input_ids = input_ids.long()
+    prompt_mask = batch.get("prompt_mask")
+    if prompt_mask is None:
+        prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    if prompt_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"prompt_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(prompt_mask.shape)}"
+        )
+    prompt_mask = prompt_mask.bool()
+
+    outside = (input_ids < 0) | (input_ids >= vocab_size)
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"token ids must be in 0..{vocab_size - 1} (vocabulary {vocab_size}), got "
+            f"{input_ids[row, column].item()} at row {row}, position {column} of a batch"
+        )
+    masks = (input_ids == mask_id) & (prompt_mask | clean)
+    if masks.any():
+        row, column = masks.nonzero()[0].tolist()
+        raise ValueError(
+            f"clean data must not contain the mask token {mask_id}, found at row {row}, position {column} of a "
+            "batch; give the mask an id of its own"
+        )
+    answer_length = (~prompt_mask).sum(1)
+    shortest = int(answer_length.min())
+    if shortest == 0 < min_answer_length:
+        raise ValueError(
+            f"the prompt covers the whole sequence in row {int(answer_length.argmin())} of a batch; "
+            "at least one position must be left to predict"
+        )
+    if shortest < min_answer_length:
+        raise ValueError(
+            f"num_stages (K) is {min_answer_length}, but row {int(answer_length.argmin())} of a batch has an "
+            f"answer of only {shortest} positions; K must not be greater than the answer length"
+        )
+    return {"input_ids": input_ids, "prompt_mask": prompt_mask}

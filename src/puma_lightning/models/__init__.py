@@ -1,0 +1,5 @@
+"""Backbones. Any module from token ids ``(B, L)`` to logits ``(B, L, V)`` can take their place."""
+
+from puma_lightning.models.transformer import Transformer
+
+__all__ = ["Transformer"]

@@ -1,0 +1,285 @@
+"""A Qwen2-style transformer, bidirectional or causal.
+
+Parameters are named as in Hugging Face's Qwen2: its state dict loads once the prefix ``model.`` is stripped.
+
+Shapes: B batch, L length, D hidden size, V vocabulary, H query heads, G key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864): turn ``(x[i], x[i + E/2])`` by the i-th angle of its position.
+
+    Args:
+        x: queries or keys ``(B, heads, L, E)``.
+        cos: cosines of the angles ``(L, E/2)`` in float32.
+        sin: sines of the angles ``(L, E/2)`` in float32.
+
+    Returns:
+        The rotated ``(B, heads, L, E)`` in x's dtype; the rotation itself is done in float32 or better.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+class RotaryTable(nn.Module):
+    """Cosines and sines of all rotary angles, ``(max_length, E/2)`` each, never part of the state dict."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, max_length: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim, self.max_length, self.theta = head_dim, max_length, theta
+        cos, sin = self._table(None)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _table(self, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        positions = torch.arange(self.max_length, dtype=torch.float32, device=device)
+        angles = torch.outer(positions, 1.0 / self.theta**exponents)
+        return angles.cos(), angles.sin()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
+        # Module.to(bfloat16) would round the angles and to_empty() would leave them unset: compute them anew.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.cos, self.sin = self._table(self.cos.device)
+        return self
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``(length, E/2)`` of the first positions."""
+        return self.cos[:length], self.sin[:length]
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions; every H/G query heads share a key/value head."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        qkv_bias: bool,
+        dropout: float,
+        causal: bool,
+    ) -> None:
+        super().__init__()
+        self.head_dim = hidden_size // num_heads
+        self.grouped, self.dropout, self.causal = num_kv_heads != num_heads, dropout, causal
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Attend within each row: ``(B, L, D) -> (B, L, D)``."""
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or G, L, E)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(
+            rotate(q, cos, sin),
+            rotate(k, cos, sin),
+            v,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal,
+            enable_gqa=self.grouped,
+        )
+        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each position on its own: ``(B, L, D) -> (B, L, D)``."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """Pre-norm block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        norm_eps: float,
+        qkv_bias: bool,
+        dropout: float,
+        causal: bool,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.self_attn = Attention(hidden_size, num_heads, num_kv_heads, qkv_bias, dropout, causal)
+        self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.mlp = MLP(hidden_size, intermediate_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """One block: ``(B, L, D) -> (B, L, D)``."""
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+        x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        return x
+
+
+class Transformer(nn.Module):
+    """Qwen2-style transformer from token ids ``(B, L)`` to logits ``(B, L, V)``.
+
+    Any module with such a ``forward`` can replace it. Two things more are optional: ``vocab_size``, and
+    ``hidden_states`` with ``lm_head``, by which logits are computed where they are needed only.
+
+    Args:
+        vocab_size: Number of tokens V, with the mask token.
+        hidden_size: Width D of the residual stream.
+        intermediate_size: Width of the SwiGLU feed-forward layers.
+        num_layers: Number of transformer blocks.
+        num_heads: Number of query heads; each has hidden_size / num_heads channels.
+        num_kv_heads: Number of key/value heads, a divisor of num_heads. None means num_heads.
+        max_length: Longest sequence the model accepts.
+        rope_theta: Base of the rotary wavelengths.
+        norm_eps: Added to the mean square in every RMSNorm.
+        qkv_bias: Whether the query, key and value projections have biases. Qwen2's published weights do.
+        tie_embeddings: Whether the output layer shares the token embedding's weight.
+        dropout: Probability of dropping attention weights and residual-branch outputs in training.
+        causal: Whether a position sees earlier positions and itself only. False lets it see all of them.
+        activation_checkpointing: Whether to recompute the blocks in the backward pass, for less memory.
+        compile: Whether to run the blocks through torch.compile. State-dict keys stay the same.
+
+    Raises:
+        ValueError: If a size or the dropout is out of range, or the head counts don't divide what they must.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int = 256,
+        intermediate_size: int = 768,
+        num_layers: int = 8,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        max_length: int = 1024,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-6,
+        qkv_bias: bool = False,
+        tie_embeddings: bool = False,
+        dropout: float = 0.0,
+        causal: bool = False,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "max_length": max_length,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"Expected {name} >= 1, got {size}: set it to a positive integer.")
+        if hidden_size % (2 * num_heads):
+            raise ValueError(
+                "Expected hidden_size / num_heads to be an even integer (rotary embedding pairs channels), "
+                f"got {hidden_size} / {num_heads}: make hidden_size a multiple of {2 * num_heads}."
+            )
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"Expected num_heads to be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}: "
+                f"choose num_kv_heads among the divisors of {num_heads}."
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"Expected 0 <= dropout < 1, got {dropout}: 0 turns dropout off.")
+        if not (rope_theta > 0.0 and norm_eps > 0.0):
+            raise ValueError(
+                f"Expected rope_theta > 0 and norm_eps > 0, got {rope_theta} and {norm_eps}: "
+                "the usual values are 10000.0 and 1e-6."
+            )
+        self.vocab_size, self.max_length, self.causal = vocab_size, max_length, causal
+        self.activation_checkpointing = activation_checkpointing
+
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.rotary = RotaryTable(hidden_size // num_heads, max_length, rope_theta)
+        self.layers = nn.ModuleList(
+            Layer(
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                norm_eps=norm_eps,
+                qkv_bias=qkv_bias,
+                dropout=dropout,
+                causal=causal,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        if tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.reset_parameters()
+        if compile:
+            # Block by block and in place: the blocks share one compiled graph, and no key gets a prefix.
+            for layer in self.layers:
+                layer.compile()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights with std 0.02, the last of a residual branch with 0.02 / sqrt(2 * num_layers)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.layers)))
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """What ``lm_head`` turns into logits, after the final norm: ``(B, L)`` int64 -> ``(B, L, D)``.
+
+        Raises:
+            ValueError: If the sequences are longer than ``max_length``.
+        """
+        length = input_ids.shape[1]
+        if length > self.max_length:
+            raise ValueError(
+                f"Expected at most max_length = {self.max_length} positions, got {length}: "
+                "shorten the sequences or build the model with a larger max_length."
+            )
+        x: Tensor = self.embed_tokens(input_ids)
+        cos, sin = self.rotary(length)
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for layer in self.layers:
+            x = checkpoint(layer, x, cos, sin, use_reentrant=False) if recompute else layer(x, cos, sin)
+        out: Tensor = self.norm(x)
+        return out
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits of the token at every position: ``(B, L)`` int64 -> ``(B, L, V)``."""
+        logits: Tensor = self.lm_head(self.hidden_states(input_ids))
+        return logits

@@ -1,0 +1,152 @@
+"""The student's chain: complete masked sequences with the model's own tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from puma_lightning.unmasking import Confidence, PolicyLike, policy_name, reveal
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Completed sequences and how they came about.
+
+    Attributes:
+        tokens: The sequences, (B, L) int64, without a mask token.
+        reveal_step: The forward pass after which each position was revealed, counted from 0; -1 where it was
+            given, (B, L) int64.
+        nfe: Forward passes each sequence took, (B,) int64.
+    """
+
+    tokens: Tensor
+    reveal_step: Tensor
+    nfe: Tensor
+
+
+class Sampler:
+    """Any-order sampling: score the masked positions, reveal the best, repeat until none is masked.
+
+    Args:
+        policy: Scores masked positions; the highest are revealed first.
+        tokens_per_step: Positions revealed in each forward pass; 1 if nothing else is given.
+        num_steps: Instead: the number of forward passes, over which the positions are spread evenly.
+        threshold: Also reveal every masked position whose top-1 probability exceeds it.
+        temperature: 0 takes the most likely token, otherwise tokens are drawn from softmax(logits / temperature).
+        top_p: Draw only from the smallest set of tokens with at least this probability.
+
+    Raises:
+        ValueError: If an argument is out of range, or both ``tokens_per_step`` and ``num_steps`` are given.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyLike = Confidence(),  # noqa: B008 - policies hold no state
+        tokens_per_step: int | None = None,
+        num_steps: int | None = None,
+        threshold: float | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> None:
+        if tokens_per_step is not None and num_steps is not None:
+            raise ValueError("give tokens_per_step or num_steps, not both")
+        for name, number in (("tokens_per_step", tokens_per_step), ("num_steps", num_steps)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if threshold is not None and not 0 < threshold <= 1:
+            raise ValueError(f"threshold must be in (0, 1] or null, got {threshold}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        self.policy = policy
+        self.tokens_per_step = tokens_per_step or 1
+        self.num_steps = num_steps
+        self.threshold = threshold
+        self.temperature = temperature
+        self.top_p = top_p
+
+    @property
+    def name(self) -> str:
+        """A short name for logs: ``confidence_1``, ``margin_steps8``, ``confidence_1_tau0.9``."""
+        pace = f"steps{self.num_steps}" if self.num_steps else str(self.tokens_per_step)
+        return "_".join(
+            [policy_name(self.policy), pace]
+            + ([f"tau{self.threshold:g}"] if self.threshold is not None else [])
+            + ([f"T{self.temperature:g}"] if self.temperature else [])
+            + ([f"p{self.top_p:g}"] if self.top_p < 1 else [])
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        xt: Tensor,
+        mask_id: int,
+        generator: torch.Generator | None = None,
+    ) -> Sample:
+        """Complete a batch.
+
+        Args:
+            model: xt (B, L) to logits aligned with positions (B, L, V).
+            xt: Sequences with the mask token at the positions to fill, (B, L) int64.
+            mask_id: The mask token; it is never drawn.
+            generator: Source of all randomness, on the device of ``xt``.
+
+        Returns:
+            The completed sequences.
+        """
+        reveal_step = torch.where(xt == mask_id, 0, -1)
+        nfe = torch.zeros(xt.shape[0], dtype=torch.long, device=xt.device)
+        step = 0
+        while (masked := xt == mask_id).any():
+            logits = model(xt)
+            remaining = masked.sum(1)
+            nfe += remaining > 0
+            if self.num_steps:
+                steps_left = max(1, self.num_steps - step)
+                count = (remaining + steps_left - 1) // steps_left
+            else:
+                count = torch.full_like(remaining, self.tokens_per_step)
+            confident = None if self.threshold is None else Confidence()(logits, xt) > self.threshold
+            tokens = draw(logits, mask_id, self.temperature, self.top_p, generator)
+            scores = self.policy(logits, xt)
+            xt = reveal(xt, tokens, scores, count, mask_id, also=confident, generator=generator)
+            reveal_step = torch.where(masked & (xt != mask_id), step, reveal_step)
+            step += 1
+        return Sample(xt, reveal_step, nfe)
+
+
+def draw(
+    logits: Tensor,
+    mask_id: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a token for every position, never the mask token.
+
+    Args:
+        logits: (B, L, V).
+        mask_id: The mask token.
+        temperature: 0 takes the most likely token.
+        top_p: Draw only from the smallest set of tokens with at least this probability.
+        generator: Source of the draws, on the device of ``logits``.
+
+    Returns:
+        Tokens, (B, L) int64.
+    """
+    logits = logits.float()
+    logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == mask_id, float("-inf"))
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability
+        logits = torch.empty_like(logits).scatter(-1, index, ordered.masked_fill(before >= top_p, float("-inf")))
+    # The Gumbel-max trick draws from softmax(logits) without a (B * L)-row multinomial.
+    uniform = torch.rand(logits.shape, device=logits.device, generator=generator)
+    return (logits - (-uniform.log()).log()).argmax(-1)

@@ -1,0 +1,326 @@
+"""Batch streaming: the slots of a training batch, refilled with clean sequences as their chains end.
+
+``Stream`` is the train loader that Lightning iterates: a *sized* iterable whose length is a number of
+steps, so that epochs, limits, accumulation and progress bars count steps. It yields the current slots; the
+training step calls ``advance`` after its forward pass; the next step's batch has the retired slots refilled.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+
+from puma_lightning.data.base import Batch, check_batch
+from puma_lightning.forward_process import ForwardProcess, Slots
+
+
+def derived_seed(*keys: int) -> int:
+    """A 63-bit seed from integers, well mixed: neighbouring keys give unrelated seeds."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Stream:
+    """The slots of all accumulation groups of one rank, and the supply that refills them.
+
+    Randomness is a function of (seed, rank, step), so it needs no saved generator state, and a resumed run
+    draws what the uninterrupted one would have drawn.
+
+    Args:
+        sequences: The supply of clean sequences.
+        process: The forward process.
+        mask_id: The mask token.
+        num_slots: B, the rows of a batch.
+        num_groups: M groups of slots are yielded in turn. With ``accumulate_grad_batches=M`` this keeps one
+            sequence from being counted twice in an update.
+        num_steps: Batches in one pass over this iterable (a Lightning epoch).
+        seed: The same on all ranks.
+        device: Where the slots live.
+    """
+
+    def __init__(
+        self,
+        sequences: "CleanSequences",
+        process: ForwardProcess,
+        mask_id: int,
+        num_slots: int,
+        num_groups: int,
+        num_steps: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.sequences = sequences
+        self.process = process
+        self.mask_id = mask_id
+        self.num_slots = num_slots
+        self.num_steps = num_steps
+        self.seed = seed
+        self.device = device
+        self.groups: list[Slots | None] = [None] * num_groups
+        self.step = 0  # batches yielded in the life of this stream
+        self._generator = torch.Generator(device)
+
+    def _seeded(self, step: int, purpose: int) -> torch.Generator:
+        return self._generator.manual_seed(derived_seed(self.seed, self.sequences.rank, step, purpose))
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in range(self.num_steps):
+            batch = self.peek()
+            self.step += 1
+            yield batch
+
+    def peek(self) -> Batch:
+        """The next batch, without counting it as yielded."""
+        slots = self._refilled(self.step % len(self.groups))
+        return {"input_ids": slots.x0, "prompt_mask": slots.prompt_mask, "xt": slots.xt, "stage": slots.stage}
+
+    def advance(self, logits: Tensor, step: int) -> None:
+        """Move the chains of the batch yielded last.
+
+        Args:
+            logits: The model's predictions for the batch's xt, aligned with positions, (B, L, V).
+            step: The optimizer step, for schedules.
+        """
+        group = (self.step - 1) % len(self.groups)
+        slots = self.groups[group]
+        assert slots is not None, "advance before the first batch"
+        generator = self._seeded(self.step - 1, purpose=1)
+        self.groups[group] = self.process.advance(slots, logits, step, self.mask_id, generator)
+
+    def _refilled(self, group: int) -> Slots:
+        """The slots of a group with fresh sequences in those that are done."""
+        slots = self.groups[group]
+        if slots is None:
+            slots = self._first_fill(group)
+        elif num_done := int(slots.done.sum()):
+            fresh = self._fresh(num_done, torch.zeros(num_done, dtype=torch.long), slots.num_stages)
+            rows = slots.done.nonzero().squeeze(1)
+            old, new = slots.tensors(), fresh.tensors()
+            slots = replace(slots, **{name: old[name].index_copy(0, rows, new[name]) for name in old})
+        self.groups[group] = slots
+        return slots
+
+    def _first_fill(self, group: int) -> Slots:
+        """Staggered start: stages spread evenly, over all groups together, so each batch holds all stages."""
+        num_stages = self.process.num_stages_at(0)
+        index = torch.arange(self.num_slots) * len(self.groups) + group
+        return self._fresh(self.num_slots, index * num_stages // (self.num_slots * len(self.groups)), num_stages)
+
+    def _fresh(self, number: int, stage: Tensor, num_stages: int) -> Slots:
+        clean = self.sequences.take(number)
+        x0 = clean["input_ids"].to(self.device, non_blocking=True)
+        prompt_mask = clean["prompt_mask"].to(self.device, non_blocking=True)
+        stage = stage.to(self.device)
+        generator = self._seeded(self.step, purpose=0)
+        xt = self.process.start(x0, prompt_mask, stage, num_stages, self.mask_id, generator)
+        return Slots(x0, prompt_mask, xt, stage, torch.zeros_like(stage, dtype=torch.bool), num_stages)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything needed to go on exactly from here, as CPU tensors and plain types."""
+        cpu = torch.device("cpu")
+        return {
+            "seed": self.seed,
+            "step": self.step,
+            "position": self.sequences.position,
+            "num_sequences": self.sequences.num_sequences,
+            "groups": [slots and {**slots.to(cpu).tensors(), "num_stages": slots.num_stages} for slots in self.groups],
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go on from a snapshot.
+
+        Raises:
+            ValueError: If the snapshot is of other slots or of another data set.
+        """
+        groups = [group and Slots(**group) for group in snapshot["groups"]]
+        for what, saved, now in (
+            ("accumulate_grad_batches", len(groups), len(self.groups)),
+            ("training sequences", snapshot["num_sequences"], self.sequences.num_sequences),
+            ("batch size", max((len(slots.x0) for slots in groups if slots), default=self.num_slots), self.num_slots),
+        ):
+            if saved != now:
+                raise ValueError(
+                    f"the checkpoint was saved with {what} = {saved}, this run has {now}; resume with the same, or "
+                    "start a new run from its weights with init_from"
+                )
+        self.seed = snapshot["seed"]
+        self.step = snapshot["step"]
+        self.groups = [slots and slots.to(self.device) for slots in groups]
+        self.sequences.seek(self.seed, snapshot["position"])
+
+
+class CleanSequences:
+    """An endless, rank-sharded supply of checked clean sequences that knows its position.
+
+    Takes over the data set, workers and collate function of a user's ``DataLoader``, and reads it pass after
+    pass. A pass holds every sequence exactly once over all ranks, in an order fixed by (seed, pass), so a
+    single number says where in the data a rank is.
+
+    Args:
+        loader: The user's loader. A shuffling one is shuffled anew each pass; any other sampler is iterated
+            anew each pass.
+        mask_id: The mask token.
+        vocab_size: V.
+        min_answer_length: The shortest answer allowed, in positions.
+        rank: This process.
+        world_size: Number of processes.
+        seed: The same on all ranks.
+
+    Raises:
+        ValueError: If the loader has no batch size, or the data set no length.
+    """
+
+    def __init__(
+        self,
+        loader: "DataLoader[Any]",
+        mask_id: int,
+        vocab_size: int,
+        min_answer_length: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        self.loader = loader
+        self.rank = rank
+        self.world_size = world_size
+        self._limits: dict[str, Any] = {
+            "mask_id": mask_id,
+            "vocab_size": vocab_size,
+            "min_answer_length": min_answer_length,
+        }
+        batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+        if not batch_size:
+            raise ValueError(
+                "the training DataLoader needs a batch_size: it is the number of slots; got batch_size=None"
+            )
+        self.batch_size = int(batch_size)
+        self._iterable = isinstance(loader.dataset, IterableDataset)
+        try:
+            self.num_sequences = len(loader.dataset if self._iterable else loader.sampler)  # type: ignore[arg-type]
+        except TypeError:
+            raise ValueError(
+                f"{type(loader.dataset).__name__} has no length; define __len__, the number of sequences in one pass "
+                "over all ranks"
+            ) from None
+        if self.num_sequences == 0:
+            raise ValueError("the training data set is empty")
+        # A DistributedSampler of the user's own has dealt out the sequences already.
+        self._sharded = getattr(loader.sampler, "num_replicas", 1) == world_size > 1
+        if self._sharded:
+            self.num_sequences *= world_size
+        self.seek(seed, 0)
+
+    def seek(self, seed: int, position: int) -> None:
+        """Go to a position: the number of sequences this rank has taken since the start."""
+        self.seed = seed
+        self.position = position
+        self._rest: Batch | None = None
+        self._batches = self._read(position)
+
+    def take(self, number: int) -> Batch:
+        """The next ``number`` sequences.
+
+        Returns:
+            ``{"input_ids": (number, L) int64, "prompt_mask": (number, L) bool}`` on the CPU.
+
+        Raises:
+            ValueError: If the data are not clean sequences of one length.
+        """
+        parts = [] if self._rest is None else [self._rest]
+        while sum(len(part["input_ids"]) for part in parts) < number:
+            part = self._next_batch()
+            if parts and part["input_ids"].shape[1] != parts[0]["input_ids"].shape[1]:
+                lengths = parts[0]["input_ids"].shape[1], part["input_ids"].shape[1]
+                raise ValueError(f"sequences must all have the same length, got {lengths[0]} and {lengths[1]}")
+            parts.append(part)
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        # The rest is kept even when empty: it remembers the sequence length.
+        self._rest = {name: tensor[number:] for name, tensor in joined.items()}
+        self.position += number
+        return {name: tensor[:number] for name, tensor in joined.items()}
+
+    def _next_batch(self) -> Batch:
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if "equal size" not in str(error):
+                raise
+            raise ValueError(f"sequences must all have the same length: {error}") from error
+        return check_batch(batch, **self._limits)
+
+    def _read(self, position: int) -> Iterator[Any]:
+        """Collated batches of this rank's sequences from a position on, without end."""
+        old = self.loader
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "num_workers": old.num_workers,
+            "collate_fn": old.collate_fn,
+            "pin_memory": old.pin_memory,
+            "timeout": old.timeout,
+            "worker_init_fn": old.worker_init_fn,
+            "multiprocessing_context": old.multiprocessing_context,
+            "prefetch_factor": old.prefetch_factor,
+            # A generator of its own: iterating must not draw from the global one.
+            "generator": torch.Generator().manual_seed(derived_seed(self.seed, self.rank)),
+        }
+        if not self._iterable:
+            order = _EndlessOrder(
+                old.sampler, self.seed, 0 if self._sharded else self.rank,
+                1 if self._sharded else self.world_size, position,
+            )  # fmt: skip
+            return iter(DataLoader(old.dataset, sampler=order, **options))
+        return self._read_iterable(options, position)
+
+    def _read_iterable(self, options: dict[str, Any], position: int) -> Iterator[Any]:
+        """Every rank reads the whole stream and keeps its share; a position is reached by reading up to it."""
+        loader = DataLoader(self.loader.dataset, **options)
+        index = 0
+        skip = position * self.world_size
+        while True:
+            empty = True
+            for batch in loader:
+                empty = False
+                rows = torch.arange(index, index + len(batch["input_ids"]))
+                index += len(rows)
+                mine = (rows >= skip) & (rows % self.world_size == self.rank)
+                if mine.any():
+                    yield {name: tensor[mine] for name, tensor in batch.items()}
+            if empty:
+                raise ValueError(f"{type(self.loader.dataset).__name__} yielded no sequence")
+
+
+class _EndlessOrder(Sampler[int]):
+    """Indices of one rank, pass after pass, from a position on."""
+
+    def __init__(self, sampler: Any, seed: int, shard: int, num_shards: int, position: int) -> None:
+        self.sampler = sampler
+        self.seed = seed
+        self.shard = shard
+        self.num_shards = num_shards
+        self.position = position
+
+    def __iter__(self) -> Iterator[int]:
+        length = len(range(self.shard, len(self.sampler), self.num_shards))
+        number, skip = divmod(self.position, length)
+        while True:
+            yield from self._pass(number)[self.shard :: self.num_shards][skip:].tolist()
+            number, skip = number + 1, 0
+
+    def _pass(self, number: int) -> Tensor:
+        size = len(self.sampler)
+        if isinstance(self.sampler, SequentialSampler):
+            return torch.arange(size)
+        if isinstance(self.sampler, RandomSampler) and size == len(self.sampler.data_source):
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, number))
+            return torch.randperm(size, generator=generator)
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(number)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(self.seed, number))
+            return torch.tensor(list(self.sampler))

@@ -1,0 +1,180 @@
+"""The unmasking chain: policies score masked positions, ``reveal`` uncovers the best of them.
+
+Training and sampling are the same chain and call the same functions. Only the source of the revealed
+tokens differs::
+
+    train :  xt = reveal(xt, tokens=x0,           scores=policy(logits, xt), count=n)   # teacher
+    sample:  xt = reveal(xt, tokens=draw(logits), scores=policy(logits, xt), count=n)   # student
+
+Everything here is a pure function of tensors, works on whole batches and never waits for the device.
+All randomness is in how ``reveal`` breaks ties, so a policy is a plain function of the logits and xt.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Policy:
+    """Scores every position of a partly masked sequence; the highest-scored masked ones are revealed first.
+
+    A policy sees the logits and xt and never x0, which is what keeps the posterior and the minimiser of
+    the loss (Propositions 2 and 3 of arXiv 2602.10314). Scores of positions that are not masked are
+    ignored. Any callable with this signature can stand in for a ``Policy``.
+    """
+
+    def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
+        """Score positions.
+
+        Args:
+            logits: Predictions aligned with positions, (B, L, V).
+            xt: The partly masked sequences, (B, L) int64.
+
+        Returns:
+            Scores, (B, L) float. Equal scores are revealed in uniformly random order.
+        """
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+PolicyLike = Policy | Callable[[Tensor, Tensor], Tensor]
+
+
+class Confidence(Policy):
+    """The probability of the most likely token ("top-k" in the paper)."""
+
+    def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
+        logits = logits.float()
+        return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
+class Margin(Policy):
+    """The probability of the most likely token minus that of the second ("top-k margin")."""
+
+    def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
+        logits = logits.float()
+        top = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
+        return torch.sub(top[..., 0], top[..., 1])
+
+
+class Entropy(Policy):
+    """The negative entropy of the prediction, in nats: the most certain position first."""
+
+    def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
+        return torch.special.entr(logits.float().softmax(-1)).sum(-1).neg()
+
+
+class RandomOrder(Policy):
+    """Every position alike, so that the order is uniformly random."""
+
+    def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
+        return torch.zeros(xt.shape, device=xt.device)
+
+
+class LeftToRight(Policy):
+    """The leftmost masked position first."""
+
+    def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
+        return -torch.arange(xt.shape[1], device=xt.device, dtype=torch.float).expand(xt.shape)
+
+
+def policy_name(policy: PolicyLike) -> str:
+    """A short lower-case name for logs: ``confidence``, or the name of the user's own callable."""
+    return str(getattr(policy, "__name__", type(policy).__name__)).lower()
+
+
+def reveal(
+    xt: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    count: Tensor,
+    mask_id: int,
+    also: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Uncover the highest-scored masked positions. Positions that are not masked never change.
+
+    Args:
+        xt: Partly masked sequences, (B, L) int64.
+        tokens: What a revealed position becomes, (B, L) int64: x0 for the teacher, draws for the student.
+        scores: Higher is revealed earlier, (B, L). Ties are broken uniformly at random.
+        count: How many masked positions to reveal in each row, (B,) int64; all of them where it is more
+            than the row has.
+        mask_id: The mask token.
+        also: Masked positions to reveal whatever their score, (B, L) bool.
+        generator: Source of the tie-breaking, on the device of ``xt``.
+
+    Returns:
+        The new xt, (B, L) int64.
+    """
+    masked = xt == mask_id
+    # Positions that are not masked come last, behind a masked position scored -inf as well.
+    scores = scores.float().clamp_min(torch.finfo(torch.float).min).masked_fill(~masked, float("-inf"))
+    shuffle = torch.rand(xt.shape, device=xt.device, generator=generator).argsort(dim=1)
+    ranked = scores.gather(1, shuffle).argsort(dim=1, descending=True, stable=True)
+    order = shuffle.gather(1, ranked)
+    first = torch.arange(xt.shape[1], device=xt.device) < count[:, None]
+    chosen = torch.zeros_like(masked).scatter(1, order, first)
+    if also is not None:
+        chosen = chosen | also
+    return torch.where(chosen & masked, tokens, xt)
+
+
+def reveal_at_random(
+    x0: Tensor, prompt_mask: Tensor, count: Tensor, mask_id: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Mask the whole answer, then reveal ``count`` uniformly chosen positions of it.
+
+    Args:
+        x0: Clean sequences, (B, L) int64.
+        prompt_mask: True where a position is given, (B, L) bool.
+        count: Revealed answer positions in each row, (B,) int64.
+        mask_id: The mask token.
+        generator: Source of the choice, on the device of ``x0``.
+
+    Returns:
+        xt, (B, L) int64.
+    """
+    xt = x0.masked_fill(~prompt_mask, mask_id)
+    return reveal(xt, x0, torch.zeros(xt.shape, device=xt.device), count, mask_id, generator=generator)
+
+
+def target_count(
+    stage: Tensor, num_stages: int, answer_length: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """How many answer positions are uncovered at a stage (section 3.2 of arXiv 2602.10314).
+
+    ``min(round(r * A), A - 1)`` with r drawn uniformly from [s / K, (s + 1) / K).
+
+    Args:
+        stage: s in 0..K-1, any shape, int64.
+        num_stages: K.
+        answer_length: A, the same shape as ``stage``, int64.
+        generator: Source of r, on the device of ``stage``.
+
+    Returns:
+        Counts in 0..A-1, the shape of ``stage``, int64.
+    """
+    uniform = torch.rand(stage.shape, device=stage.device, generator=generator)
+    count = ((stage + uniform) / num_stages * answer_length).round().long()
+    return torch.minimum(count, answer_length - 1)
+
+
+def stage_of(revealed: Tensor, num_stages: int, answer_length: Tensor) -> Tensor:
+    """The stage that a number of uncovered positions belongs to.
+
+    The bucket s of K with s / K < revealed / A <= (s + 1) / K; nothing revealed is stage 0. A bucket
+    holds its upper end because ``target_count`` rounds.
+
+    Args:
+        revealed: Uncovered answer positions, any shape, int64.
+        num_stages: K.
+        answer_length: A, the same shape as ``revealed``, int64.
+
+    Returns:
+        Stages in 0..K-1, the shape of ``revealed``, int64.
+    """
+    return ((revealed * num_stages - 1) // answer_length).clamp(0, num_stages - 1)
