@@ -1,0 +1,43 @@
+"""Progressive unmasking (PUMA) for masked diffusion models, in PyTorch Lightning."""
+
+from puma_lightning.callbacks import (
+    GenerationEvaluation,
+    PredictionWriter,
+    StepProgressBar,
+    UnmaskingTrajectory,
+)
+from puma_lightning.data.sudoku import SudokuDataModule
+from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
+from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved
+from puma_lightning.models import Transformer
+from puma_lightning.modules import MaskedDiffusion
+from puma_lightning.optim import WarmupCosine
+from puma_lightning.sampling import Sample, Sampler
+from puma_lightning.unmasking import Confidence, Entropy, LeftToRight, Margin, Policy, RandomOrder, reveal
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CellAccuracy",
+    "Confidence",
+    "Entropy",
+    "ForwardProcess",
+    "GenerationEvaluation",
+    "LeftToRight",
+    "Margin",
+    "MaskedDiffusion",
+    "Policy",
+    "PredictionWriter",
+    "ProgressiveUnmasking",
+    "RandomMasking",
+    "RandomOrder",
+    "Sample",
+    "Sampler",
+    "StepProgressBar",
+    "SudokuDataModule",
+    "SudokuSolved",
+    "Transformer",
+    "UnmaskingTrajectory",
+    "WarmupCosine",
+    "reveal",
+]

@@ -1,0 +1,101 @@
+"""Pictures of the order in which the model fills fixed validation sequences, as training goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from puma_lightning.modules.masked_diffusion import MaskedDiffusion
+from puma_lightning.plots import draw_reveal_order
+from puma_lightning.sampling import Sampler
+
+
+class UnmaskingTrajectory(Callback):
+    """Draws, for fixed validation sequences, the step at which each cell is filled (Figure 3 of arXiv 2602.10314).
+
+    One row a sequence, one column a validation; at every validation the picture ``unmasking_order.png`` in the
+    log directory is drawn anew, and logged to TensorBoard.
+
+    Args:
+        num_examples: Sequences to follow: the first of the first validation set.
+        sampler: How they are filled in.
+        max_columns: Validations shown, spread evenly from the first to the latest.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    def __init__(self, num_examples: int = 2, sampler: Sampler = Sampler(), max_columns: int = 5) -> None:  # noqa: B008
+        for name, number in (("num_examples", num_examples), ("max_columns", max_columns)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        self.num_examples = num_examples
+        self.sampler = sampler
+        self.max_columns = max_columns
+        self.path: Path | None = None
+        self.history: list[dict[str, Any]] = []
+        self._batch: dict[str, Tensor] | None = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Fill in the sequences that are followed."""
+        if batch_idx or dataloader_idx or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, MaskedDiffusion)
+        input_ids = batch["input_ids"][: self.num_examples]
+        prompt_mask = batch["prompt_mask"][: self.num_examples]
+        sample = pl_module.sample(input_ids, prompt_mask, self.sampler, pl_module.evaluation_generator(0, 0))
+        self.history = [past for past in self.history if past["step"] < trainer.global_step]
+        self.history.append(
+            {
+                "step": trainer.global_step,
+                "tokens": sample.tokens.cpu(),
+                "reveal_step": sample.reveal_step.cpu(),
+                "target": input_ids.cpu(),
+            }
+        )
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw what has been seen so far."""
+        if not self.history or trainer.sanity_checking or not trainer.is_global_zero or trainer.log_dir is None:
+            return
+        figure = self.draw()
+        self.path = Path(trainer.log_dir) / "unmasking_order.png"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.path)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("unmasking_order", figure, trainer.global_step)
+
+    def draw(self) -> Figure:
+        """The picture of the validations seen so far."""
+        last = len(self.history) - 1
+        picked = torch.linspace(0, last, min(self.max_columns, last + 1)).round().long().tolist()
+        columns = [self.history[index] for index in picked]
+        rows = len(columns[0]["tokens"])
+        panels = [
+            [(column["tokens"][row], column["reveal_step"][row], column["target"][row]) for column in columns]
+            for row in range(rows)
+        ]
+        return draw_reveal_order(panels, [f"step {column['step']:,}" for column in columns])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen, so that a resumed run goes on with the same picture."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the picture of a checkpoint."""
+        self.history = state_dict["history"]

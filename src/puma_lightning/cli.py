@@ -1,0 +1,99 @@
+"""The command line: ``puma fit|validate|test|predict --config FILE``."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+import puma_lightning
+from puma_lightning.callbacks import GenerationEvaluation, PredictionWriter, StepProgressBar, UnmaskingTrajectory
+from puma_lightning.modules.base import StreamedModule, load_checkpoint
+
+SPECIAL_CHECKPOINTS = ("best", "last", "hpc", "registry")
+
+
+class PumaCLI(LightningCLI):
+    """LightningCLI with the links between data and model, and with the config always winning over a checkpoint."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Take the vocabulary and the mask token from the DataModule."""
+        parser.link_arguments("data.mask_id", "model.init_args.mask_id", apply_on="instantiate")
+        parser.link_arguments(
+            "data.vocab_size", "model.init_args.backbone.init_args.vocab_size", apply_on="instantiate"
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let the checkpoint's hyperparameters override the given ones unseen."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse an unreadable checkpoint before anything is built."""
+        path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
+        if path and path not in SPECIAL_CHECKPOINTS and not str(path).startswith("registry"):
+            load_checkpoint(path)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
+            callbacks.append(StepProgressBar())
+        if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in given):
+            callbacks.append(PredictionWriter())
+        trainer = super()._instantiate_trainer(config, callbacks)
+        for logger in trainer.loggers:
+            # All loggers settle on a version before the first of them makes its folder.
+            _ = logger.version
+        return trainer
+
+    @rank_zero_only
+    def after_fit(self) -> None:
+        """Say how it went and where everything is."""
+        trainer = self.trainer
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        lines = [f"\nTrained for {trainer.global_step:,} optimizer steps."]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GenerationEvaluation):
+                lines += [f"  {line}" for line in callback.summary]
+        places = {"logs": trainer.log_dir}
+        checkpoint = trainer.checkpoint_callback
+        places["best checkpoint"] = getattr(checkpoint, "best_model_path", "")
+        places["last checkpoint"] = getattr(checkpoint, "last_model_path", "")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, UnmaskingTrajectory) and callback.path is not None:
+                places["unmasking order"] = str(callback.path)
+        lines += [f"  {name:<20} {_relative(place)}" for name, place in places.items() if place]
+        print("\n".join(lines))
+
+    @rank_zero_only
+    def after_predict(self) -> None:
+        """Say where the predictions are."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PredictionWriter) and callback.output is not None:
+                print(f"Predictions: {_relative(callback.output)}")
+
+
+def _relative(path: str | Path) -> str:
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Arguments instead of ``sys.argv[1:]``.
+    """
+    PumaCLI(
+        StreamedModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"version": puma_lightning.__version__},
+        args=args,
+    )

@@ -1,0 +1,312 @@
+"""What every training run here has in common: the stream, exact resume, optimizer, a stop at a non-finite loss."""
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities import rank_zero_warn
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from puma_lightning.forward_process import ForwardProcess
+from puma_lightning.optim import WarmupCosine
+from puma_lightning.stream import CleanSequences, Stream, derived_seed
+
+CHECKPOINT_KEY = "puma_lightning"
+
+
+class StreamedModule(pl.LightningModule):
+    """A LightningModule whose ``training_step`` is fed by a ``Stream`` built over any train DataLoader.
+
+    Subclasses call ``self.stream.advance(logits, self.global_step)`` once in every training step, and
+    ``self.check_finite(loss)``.
+
+    Args:
+        backbone: xt (B, L) int64 to logits (B, L, V); has ``vocab_size``.
+        forward_process: What the model trains on.
+        mask_id: The mask token.
+        optimizer: Called with the parameters.
+        scheduler: Called with the optimizer; stepped every optimizer step.
+        init_from: Checkpoint to take the weights from at the start of training.
+    """
+
+    stream: Stream
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        forward_process: ForwardProcess,
+        mask_id: int,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None,
+        init_from: str | None,
+    ) -> None:
+        super().__init__()
+        if _given_hyperparameters.get() is not None:
+            # Made by the command line: plain values, enough for load_from_checkpoint to rebuild the module.
+            # By hand, they would be whole modules, which a checkpoint must not hold.
+            self.save_hyperparameters()
+        vocab_size = getattr(backbone, "vocab_size", None)
+        if not isinstance(vocab_size, int):
+            raise ValueError(
+                f"the backbone {type(backbone).__name__} needs an integer attribute vocab_size, the V of its logits"
+            )
+        if not 0 <= mask_id < vocab_size:
+            raise ValueError(f"mask_id must be in 0..{vocab_size - 1} (vocabulary {vocab_size}), got {mask_id}")
+        self.backbone = backbone
+        self.forward_process = forward_process
+        self.mask_id = mask_id
+        self.vocab_size = vocab_size
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.init_from = init_from
+        self._snapshots: dict[str, Any] | None = None
+        self._all_finite: Tensor | None = None
+
+    # The stream ---------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Put the stream between Lightning and the user's train loader."""
+        if stage != "fit":
+            return
+        for option in ("overfit_batches", "reload_dataloaders_every_n_epochs"):
+            if getattr(self.trainer, option):
+                raise ValueError(
+                    f"Trainer({option}) works on loaders, which the stream of slots replaces; "
+                    "leave it out and choose the sequences in the DataModule"
+                )
+        if self.init_from is not None and self.trainer.ckpt_path is None:
+            self.load_weights(self.init_from)
+        # It is: the stream's state is in this module's part of the checkpoint.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        source = self.trainer.fit_loop._data_source
+        self.trainer.fit_loop._data_source = _StreamSource(
+            source.instance, source.name, partial(self._build_stream, seed=self._shared_seed())
+        )
+
+    def _shared_seed(self) -> int:
+        # Without seed_everything each process has another initial seed.
+        return int(self.trainer.strategy.broadcast(torch.initial_seed())) & (2**63 - 1)
+
+    def _build_stream(self, loader: Any, seed: int) -> Stream:
+        if not isinstance(loader, DataLoader):
+            raise ValueError(
+                f"train_dataloader must return one torch.utils.data.DataLoader, got {type(loader).__name__}"
+            )
+        trainer = self.trainer
+        sequences = CleanSequences(
+            loader,
+            self.mask_id,
+            self.vocab_size,
+            self.forward_process.min_answer_length(),
+            trainer.global_rank,
+            trainer.world_size,
+            seed,
+        )
+        groups = max(
+            [trainer.accumulate_grad_batches]
+            + [
+                max(callback.scheduling.values())
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if isinstance(callback, GradientAccumulationScheduler)
+            ]
+        )
+        slots = sequences.batch_size * groups
+        if sequences.num_sequences // trainer.world_size < slots:
+            raise ValueError(
+                f"the training set has {sequences.num_sequences} sequences for {trainer.world_size} process(es) of "
+                f"{slots} slots (batch size {sequences.batch_size} x accumulation {groups}); "
+                "lower the batch size or bring more sequences"
+            )
+        self.stream = Stream(
+            sequences,
+            self.forward_process,
+            self.mask_id,
+            sequences.batch_size,
+            groups,
+            num_steps=sequences.num_sequences // (sequences.batch_size * trainer.world_size),
+            seed=seed,
+            device=trainer.strategy.root_device,
+        )
+        if self._snapshots is not None:
+            self._restore_stream(self._snapshots)
+            self._snapshots = None
+        return self.stream
+
+    def on_train_start(self) -> None:
+        """Try the first batch before any step is taken, so that bad input is refused at once."""
+        self._all_finite = None
+        batch = self.stream.peek()
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            self.preflight(batch)
+
+    def preflight(self, batch: dict[str, Tensor]) -> None:
+        """Check what the first batch gives; subclasses raise ValueError."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tie dropout, and whatever else draws from the global generators, to (seed, rank, step)."""
+        torch.manual_seed(derived_seed(self.stream.seed, self.global_rank, self.stream.step))
+
+    # Exact resume -------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the stream of every rank."""
+        if self._trainer is None or not hasattr(self, "stream"):
+            return
+        trainer = self.trainer
+        state: dict[str, Any] = {"stream": self.stream.snapshot(), "gradients": self._partial_gradients()}
+        state["finite"] = self._all_finite is None or bool(self._all_finite)
+        states: list[Any] = [state]
+        if trainer.world_size > 1:
+            if trainer.state.status == "interrupted":
+                # Perhaps this process alone failed and saves: the others would never answer.
+                rank_zero_warn("saved after an exception: the slots of other processes are not in this checkpoint")
+                states = []
+            else:
+                states = [None] * trainer.world_size
+                torch.distributed.all_gather_object(states, state)
+        if not all(state["finite"] for state in states):
+            self._stop_at_non_finite()
+        checkpoint[CHECKPOINT_KEY] = {"world_size": trainer.world_size, "ranks": states}
+
+    def _partial_gradients(self) -> dict[str, Tensor] | None:
+        """Gradients of an accumulation window that a checkpoint falls into."""
+        if self.trainer.training and self.trainer.fit_loop._should_accumulate():
+            return {n: p.grad.cpu() for n, p in self.named_parameters() if p.grad is not None}
+        return None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the streams until the loaders exist; refuse a checkpoint of another model.
+
+        Raises:
+            ValueError: If the weights do not fit this model, or the number of processes is another.
+        """
+        if self.strict_loading:
+            check_weights(self, checkpoint.get("state_dict", {}), "the checkpoint")
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        saved = checkpoint.get(CHECKPOINT_KEY)
+        if not saved or not saved["ranks"]:
+            rank_zero_warn("the checkpoint holds no slots; they start afresh, and the data from the first sequence")
+            return
+        if saved["world_size"] != self.trainer.world_size:
+            raise ValueError(
+                f"the checkpoint was saved by {saved['world_size']} process(es), this run has "
+                f"{self.trainer.world_size}; resume with {saved['world_size']}, or start a new run from its weights "
+                "with `--model.init_args.init_from CHECKPOINT` (MaskedDiffusion(init_from=...)) and without --ckpt_path"
+            )
+        self._snapshots = saved
+
+    def _restore_stream(self, saved: dict[str, Any]) -> None:
+        state = saved["ranks"][self.global_rank]
+        self.stream.restore(state["stream"])
+        for name, parameter in self.named_parameters():
+            if state["gradients"] and name in state["gradients"]:
+                parameter.grad = state["gradients"][name].to(parameter)
+
+    def load_weights(self, path: str) -> None:
+        """Take the weights of a checkpoint, and nothing else of it.
+
+        Raises:
+            ValueError: If the file is not a checkpoint of this model.
+        """
+        weights = load_checkpoint(path)["state_dict"]
+        check_weights(self, weights, path)
+        self.load_state_dict(weights)
+
+    # Loss and optimizer -------------------------------------------------------------------------------------
+
+    def check_finite(self, loss: Tensor) -> None:
+        """Stop the run at a NaN or infinite loss, before it reaches the weights or a checkpoint.
+
+        On an accelerator looking at the loss would make the host wait, so there it is looked at when Lightning
+        logs, and before every checkpoint.
+
+        Raises:
+            ValueError: If the loss is not finite; names the step and the last good checkpoint.
+        """
+        finite = loss.detach().isfinite()
+        self._all_finite = finite if self._all_finite is None else self._all_finite & finite
+        due = loss.device.type == "cpu" or self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due and not self._all_finite:
+            self._stop_at_non_finite()
+
+    def _stop_at_non_finite(self) -> None:
+        callback = self.trainer.checkpoint_callback
+        last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        raise ValueError(
+            f"the loss is not finite (NaN or infinite) at optimizer step {self.global_step}; the last good checkpoint "
+            f"is {last or 'none, nothing was saved yet'}; go on from it with a lower learning rate or gradient clipping"
+        )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer and, stepped every optimizer step, the scheduler."""
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
+            steps = self.trainer.estimated_stepping_batches
+            if steps == float("inf"):
+                raise ValueError("WarmupCosine needs a run of known length: set max_steps, max_epochs or total_steps")
+            scheduler.total_steps = int(steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class _StreamSource(_DataLoaderSource):
+    """Lightning's source of the train loader (a DataModule, a module or a loader), with a stream around it."""
+
+    def __init__(self, instance: Any, name: str, wrap: Any) -> None:
+        super().__init__(instance, name)
+        self.wrap = wrap
+
+    def dataloader(self) -> Any:
+        return self.wrap(super().dataloader())
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint on the CPU, without running any code in it.
+
+    Raises:
+        ValueError: If the file is missing, truncated or not a Lightning checkpoint.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        cause = "damaged" if is_zipfile(path) else "truncated, or not a checkpoint at all"
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is {cause} ({error})") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    return checkpoint
+
+
+def check_weights(module: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
+    """Check that weights fit a module.
+
+    Raises:
+        ValueError: If names or shapes differ; says which.
+    """
+    own = module.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in weights]
+    problems += [f"{name} is unknown" for name in weights if name not in own]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{origin} does not fit this model: {', '.join(problems[:3])}{more}; use the settings it was trained with"
+        )

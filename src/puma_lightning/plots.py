@@ -1,0 +1,82 @@
+"""Drawings of sequences on their way from masked to clean."""
+
+from collections.abc import Sequence
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from puma_lightning.sudoku.board import board_of_length, geometry
+
+Panel = tuple[Tensor, Tensor, Tensor]
+COLORMAP = colormaps["viridis_r"]
+
+
+def draw_reveal_order(panels: Sequence[Sequence[Panel]], titles: Sequence[str]) -> Figure:
+    """Draw when each position of some sequences was revealed: one row a sequence, one column a title.
+
+    Sudoku boards, recognised by their length, are drawn as boards, anything else as a strip. Given positions are
+    grey, the others coloured from early (light) to late (dark); tokens unlike the target are crossed out in red.
+
+    Args:
+        panels: For each row and column ``(tokens, reveal_step, target)``, each (L,); reveal_step is -1 where given.
+        titles: One for each column.
+
+    Returns:
+        The figure.
+    """
+    length = len(panels[0][0][0])
+    rows, columns, *_ = _grid(length)
+    size = (2.4, 2.4) if rows > 1 else (max(3.0, 0.22 * columns), 0.8)
+    figure = Figure(figsize=(size[0] * len(titles) + 1.0, size[1] * len(panels) + 0.5), dpi=150, layout="constrained")
+    axes = figure.subplots(len(panels), len(titles), squeeze=False)
+    last = max(1, *(int(reveal_step.max()) for row in panels for _, reveal_step, _ in row))
+    scale = Normalize(0, last)
+    for line, row in zip(axes, panels, strict=True):
+        for axis, panel in zip(line, row, strict=True):
+            _draw_panel(axis, panel, scale)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    bar = figure.colorbar(ScalarMappable(scale, COLORMAP), ax=list(axes.flat), shrink=0.8, pad=0.02)
+    bar.set_label("revealed by forward pass", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def _grid(length: int) -> tuple[int, int, int, int, int]:
+    """Rows, columns, box height, box width and first position of the part to draw."""
+    try:
+        order, _ = board_of_length(length)
+    except ValueError:
+        return 1, length, 1, length, 0
+    shape = geometry(order)
+    return order, order, shape.box_rows, shape.box_cols, length - order * order
+
+
+def _draw_panel(axis: Axes, panel: Panel, scale: Normalize) -> None:
+    tokens, reveal_step, target = (tensor.tolist() for tensor in panel)
+    rows, columns, box_rows, box_columns, first = _grid(len(tokens))
+    for cell in range(rows * columns):
+        row, column = divmod(cell, columns)
+        token, step, right = tokens[first + cell], reveal_step[first + cell], target[first + cell]
+        color = COLORMAP(scale(step)) if step >= 0 else (0.92, 0.92, 0.92, 1.0)
+        axis.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.6))
+        dark = 0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2] < 0.5
+        text_color = "white" if dark else "black"
+        axis.text(
+            column + 0.5, row + 0.5, str(token), ha="center", va="center", fontsize=7, color=text_color,
+            fontweight="bold" if step < 0 else "normal",
+        )  # fmt: skip
+        if step >= 0 and token != right:
+            axis.plot([column + 0.15, column + 0.85], [row + 0.85, row + 0.15], color="red", linewidth=1.6)
+    if rows > 1:
+        for line in range(0, rows + 1, box_rows):
+            axis.axhline(line, color="black", linewidth=1.2)
+        for line in range(0, columns + 1, box_columns):
+            axis.axvline(line, color="black", linewidth=1.2)
+    axis.set(xlim=(-0.03, columns + 0.03), ylim=(rows + 0.03, -0.03), aspect="equal")
+    axis.axis("off")
