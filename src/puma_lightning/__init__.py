@@ -9,7 +9,7 @@ from puma_lightning.callbacks import (
 from puma_lightning.data.sudoku import SudokuDataModule
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
 from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved
-from puma_lightning.models import Transformer
+from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import MaskedDiffusion
 from puma_lightning.optim import WarmupCosine
 from puma_lightning.sampling import Sample, Sampler
@@ -36,7 +36,7 @@ __all__ = [
     "StepProgressBar",
     "SudokuDataModule",
     "SudokuSolved",
-    "Transformer",
+    "TransformerBackbone",
     "UnmaskingTrajectory",
     "WarmupCosine",
     "reveal",

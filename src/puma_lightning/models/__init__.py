@@ -1,5 +1,5 @@
 """Backbones. Any module from token ids ``(B, L)`` to logits ``(B, L, V)`` can take their place."""
 
-from puma_lightning.models.transformer import Transformer
+from puma_lightning.models.transformer import TransformerBackbone
 
-__all__ = ["Transformer"]
+__all__ = ["TransformerBackbone"]

@@ -142,7 +142,7 @@ class Layer(nn.Module):
         return x
 
 
-class Transformer(nn.Module):
+class TransformerBackbone(nn.Module):
     """Qwen2-style transformer from token ids ``(B, L)`` to logits ``(B, L, V)``.
 
     Any module with such a ``forward`` can replace it. Two things more are optional: ``vocab_size``, and
@@ -283,3 +283,4 @@ class Transformer(nn.Module):
         """Logits of the token at every position: ``(B, L)`` int64 -> ``(B, L, V)``."""
         logits: Tensor = self.lm_head(self.hidden_states(input_ids))
         return logits
+Transformer = TransformerBackbone
