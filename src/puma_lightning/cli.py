@@ -1,5 +1,6 @@
 """The command line: ``puma fit|validate|test|predict --config FILE``."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import puma_lightning
 from puma_lightning.callbacks import GenerationEvaluation, PredictionWriter, StepProgressBar, UnmaskingTrajectory
-from puma_lightning.modules.base import StreamedModule, load_checkpoint
+from puma_lightning.modules.base import StreamedModule, latest_checkpoint, load_checkpoint
+
+# Lightning's own command line calls these; its users can do nothing about it.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 SPECIAL_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
@@ -57,13 +61,14 @@ class PumaCLI(LightningCLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GenerationEvaluation):
                 lines += [f"  {line}" for line in callback.summary]
-        places = {"logs": trainer.log_dir}
-        checkpoint = trainer.checkpoint_callback
-        places["best checkpoint"] = getattr(checkpoint, "best_model_path", "")
-        places["last checkpoint"] = getattr(checkpoint, "last_model_path", "")
+        places: dict[str, str | Path | None] = {"logs": trainer.log_dir}
+        for checkpoint in trainer.checkpoint_callbacks:
+            if getattr(checkpoint, "monitor", None):
+                places["best checkpoint"] = checkpoint.best_model_path  # type: ignore[attr-defined]
+        places["last checkpoint"] = latest_checkpoint(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, UnmaskingTrajectory) and callback.path is not None:
-                places["unmasking order"] = str(callback.path)
+                places["unmasking order"] = callback.path
         lines += [f"  {name:<20} {_relative(place)}" for name, place in places.items() if place]
         print("\n".join(lines))
 

@@ -21,7 +21,8 @@ class Policy:
 
     A policy sees the logits and xt and never x0, which is what keeps the posterior and the minimiser of
     the loss (Propositions 2 and 3 of arXiv 2602.10314). Scores of positions that are not masked are
-    ignored. Any callable with this signature can stand in for a ``Policy``.
+    ignored. Any callable with this signature can stand in for a ``Policy``; a function named in YAML must
+    have its types annotated.
     """
 
     def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
@@ -57,14 +58,16 @@ class Margin(Policy):
     def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
         logits = logits.float()
         top = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
-        return torch.sub(top[..., 0], top[..., 1])
+        margin: Tensor = top[..., 0] - top[..., 1]
+        return margin
 
 
 class Entropy(Policy):
     """The negative entropy of the prediction, in nats: the most certain position first."""
 
     def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
-        return torch.special.entr(logits.float().softmax(-1)).sum(-1).neg()
+        entropy: Tensor = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+        return -entropy
 
 
 class RandomOrder(Policy):

@@ -215,7 +215,7 @@ class SudokuDataModule(pl.LightningDataModule):
     def _loader(self, dataset: SudokuDataset, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
         return DataLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,  # by keyword: Lightning's replacement of samplers fails otherwise
             shuffle=shuffle,
             num_workers=self.num_workers,
             collate_fn=_collate,

@@ -241,8 +241,7 @@ class StreamedModule(pl.LightningModule):
             self._stop_at_non_finite()
 
     def _stop_at_non_finite(self) -> None:
-        callback = self.trainer.checkpoint_callback
-        last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        last = latest_checkpoint(self.trainer)
         raise ValueError(
             f"the loss is not finite (NaN or infinite) at optimizer step {self.global_step}; the last good checkpoint "
             f"is {last or 'none, nothing was saved yet'}; go on from it with a lower learning rate or gradient clipping"
@@ -271,6 +270,17 @@ class _StreamSource(_DataLoaderSource):
 
     def dataloader(self) -> Any:
         return self.wrap(super().dataloader())
+
+
+def latest_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """The checkpoint written last in this run, by any ModelCheckpoint."""
+    paths = [
+        Path(path)
+        for callback in trainer.checkpoint_callbacks
+        for path in (getattr(callback, "last_model_path", ""), getattr(callback, "best_model_path", ""))
+        if path and Path(path).is_file()
+    ]
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from puma_lightning.sudoku.files import replacing
 
 # Raise it when the same recipe gives other boards than before.
 _VERSION = 1
+_DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 def cached(folder: Path, recipe: Mapping[str, object], build: Callable[[], dict[str, Boards]]) -> dict[str, Boards]:
@@ -34,21 +35,28 @@ def cached(folder: Path, recipe: Mapping[str, object], build: Callable[[], dict[
     text = json.dumps({"version": _VERSION, **recipe}, sort_keys=True)
     path = folder / f"sudoku-{hashlib.sha256(text.encode()).hexdigest()[:20]}.npz"
     if path.exists():
-        try:
-            return _load(path)
-        except Exception as error:  # whatever is wrong with it, it can be built again
-            warnings.warn(f"{path}: damaged cache ({error}); building it again", stacklevel=2)
+        if (sets := _load(path)) is not None:
+            return sets
+        warnings.warn(f"{path}: damaged cache; building it again", stacklevel=2)
     sets = build()
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        arrays = {name: np.stack(boards) for name, boards in sets.items()}
-        np.savez(file, allow_pickle=False, **arrays)
+    _save(path, sets)
     return sets
 
 
-def _load(path: Path) -> dict[str, Boards]:
-    with zipfile.ZipFile(path) as archive:
-        # np.load checks the checksum of an array only if its header makes it read all of it.
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-    with np.load(path, allow_pickle=False) as arrays:
+def _save(path: Path, sets: Mapping[str, Boards]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{name: np.stack(boards) for name, boards in sets.items()})
+    content = buffer.getvalue()
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        # Zip has checksums of its own, but not for the names and sizes; it does not mind bytes after its end.
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
+
+
+def _load(path: Path) -> dict[str, Boards] | None:
+    content = path.read_bytes()
+    content, digest = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return {name: Boards(*arrays[name]) for name in arrays.files}

@@ -1,0 +1,202 @@
+"""The command line, run in process as a user would run it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from puma_lightning import MaskedDiffusion, ProgressiveUnmasking
+from puma_lightning.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TINY = [
+    "--data.order=4",
+    "--data.clues=6",
+    "--data.num_train=40",
+    "--data.num_val=10",
+    "--data.num_test=10",
+    "--data.batch_size=8",
+    "--data.eval_batch_size=8",
+    "--model.init_args.backbone.init_args.hidden_size=16",
+    "--model.init_args.backbone.init_args.intermediate_size=16",
+    "--model.init_args.backbone.init_args.num_layers=1",
+    "--model.init_args.backbone.init_args.num_heads=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(command, *options, config="quickstart.yaml"):
+    main([command, "--config", str(config if isinstance(config, Path) else CONFIGS / config), *TINY, *options])
+
+
+def fit(*options):
+    """The quickstart, but 6 steps, validated and saved every 3."""
+    text = (CONFIGS / "quickstart.yaml").read_text()
+    for name, number in (("max_steps: 1600", 6), ("val_check_interval: 400", 3), ("every_n_train_steps: 200", 3)):
+        assert name in text
+        text = text.replace(name, f"{name.split(':')[0]}: {number}")
+    quick = Path("quick.yaml")
+    quick.write_text(text)
+    run("fit", *options, config=quick)
+    return max(Path("runs/quickstart").iterdir(), key=lambda version: int(version.name.split("_")[1]))
+
+
+@pytest.mark.parametrize("config", sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")))
+def test_every_config_runs(config):
+    run("fit", "--trainer.fast_dev_run=2", config=config)
+
+
+def test_baseline_and_puma_differ_in_one_block():
+    mdm, puma = (yaml.safe_load((CONFIGS / "sudoku" / f"{name}.yaml").read_text()) for name in ("mdm", "puma"))
+    for config, name in ((mdm, "mdm"), (puma, "puma")):
+        process = config["model"]["init_args"].pop("forward_process")
+        assert process["class_path"] == {"mdm": "RandomMasking", "puma": "ProgressiveUnmasking"}[name]
+        for logger in config["trainer"]["logger"]:
+            assert logger["init_args"].pop("name") == f"sudoku/{name}"
+    assert mdm == puma
+
+
+def test_fit_leaves_everything_a_user_needs(capsys):
+    folder = fit()
+    for name in ("config.yaml", "metrics.csv", "unmasking_order.png", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+        assert (folder / name).stat().st_size > 0, name
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert [version.name for version in folder.parent.iterdir()] == ["version_0"]  # one for all loggers
+    said = capsys.readouterr().out
+    assert "Trained for 6 optimizer steps" in said
+    assert "confidence_1         solved" in said
+    for name in ("last.ckpt", "best.ckpt", "unmasking_order.png"):
+        assert name in said
+
+
+def test_the_saved_config_runs_again_and_checkpoints_rebuild_the_model():
+    folder = fit()
+    main(["test", "--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints/last.ckpt")])
+    model = MaskedDiffusion.load_from_checkpoint(folder / "checkpoints/last.ckpt")
+    assert isinstance(model.forward_process, ProgressiveUnmasking)
+    assert model.mask_id == 5
+    assert model.vocab_size == 6
+
+
+def test_the_command_line_wins_over_the_checkpoint():
+    folder = fit()
+    checkpoint = folder / "checkpoints/last.ckpt"
+    again = fit(
+        "--ckpt_path", str(checkpoint), "--trainer.max_steps=9",
+        "--model.init_args.forward_process.init_args.num_stages=3",
+    )  # fmt: skip
+    saved = torch.load(again / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 9
+    assert saved["puma_lightning"]["ranks"][0]["stream"]["groups"][0]["num_stages"] == 3
+
+
+def test_predict_writes_one_json_line_a_puzzle():
+    folder = fit()
+    Path("puzzles.txt").write_text("1...\n" * 3 + "................\n")
+    Path("puzzles.txt").write_text("1000003000020400\n" * 11)
+    run(
+        "predict", "--ckpt_path", str(folder / "checkpoints/last.ckpt"), "--data.predict_file=puzzles.txt",
+        "--model.init_args.sampler={policy: Margin, tokens_per_step: 4}",
+    )  # fmt: skip
+    (written,) = Path("runs").rglob("predictions.jsonl")
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(11))
+    for line in lines:
+        assert line["nfe"] == 3  # 12 empty cells, 4 at a time
+        assert line["tokens"][0] == 1 and line["reveal_step"][0] == -1
+        assert 5 not in line["tokens"]
+        assert line["text"] == "".join(map(str, line["tokens"]))
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--model.init_args.forward_process.init_args.thresold=0.9", "thresold"),
+        ("--model.init_args.forward_process.init_args.threshold=1.5", "threshold"),
+        ("--model.init_args.forward_process.init_args.num_stages=0", "num_stages"),
+        ("--model.init_args.forward_process.init_args.num_stages=[[0, 4], [0, 6]]", "num_stages"),
+        ("--model.init_args.sampler.init_args.top_p=0", "top_p"),
+        ("--trainer.max_steps=many", "max_steps"),
+        ("--data.order=5", "order"),
+        ("--model.init_args.forward_process=NoSuchProcess", "NoSuchProcess"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(option, named, capsys):
+    with pytest.raises((SystemExit, ValueError)) as refusal:
+        run("fit", option)
+    assert named in capsys.readouterr().err + str(refusal.value)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", None])
+def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(content):
+    if content is None:
+        torch.save({"weights": torch.zeros(2)}, "damaged.ckpt")
+    else:
+        Path("damaged.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged\.ckpt"):
+        run("fit", "--ckpt_path=damaged.ckpt")
+    assert not Path("runs").exists()
+
+
+def test_own_classes_replace_ours_from_yaml(tmp_path, monkeypatch):
+    """A forward process, a policy, a backbone and a DataModule of the user's own, in a file of their own."""
+    (tmp_path / "mine.py").write_text(
+        """
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+from puma_lightning import ForwardProcess
+
+def rightmost_first(logits: torch.Tensor, xt: torch.Tensor) -> torch.Tensor:
+    return torch.arange(xt.shape[1]).expand(xt.shape).float()
+
+class MaskEverything(ForwardProcess):
+    def start(self, x0, prompt_mask, stage, num_stages, mask_id, generator=None):
+        return x0.masked_fill(~prompt_mask, mask_id)
+
+class Bag(torch.nn.Module):
+    def __init__(self, vocab_size: int, width: int = 8):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.embed = torch.nn.Embedding(vocab_size, width)
+        self.head = torch.nn.Linear(width, vocab_size)
+    def forward(self, xt):
+        x = self.embed(xt)
+        return self.head(x + x.mean(1, keepdim=True))
+
+class Numbers(pl.LightningDataModule):
+    vocab_size, mask_id = 6, 5
+    def train_dataloader(self):
+        return DataLoader([{"input_ids": torch.randint(0, 5, (9,))} for _ in range(32)], batch_size=4)
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = {
+        "model": {
+            "class_path": "MaskedDiffusion",
+            "init_args": {
+                "backbone": {"class_path": "mine.Bag", "init_args": {"width": 4}},
+                "forward_process": {"class_path": "mine.MaskEverything"},
+                "sampler": {"policy": "mine.rightmost_first"},
+            },
+        },
+        "data": {"class_path": "mine.Numbers"},
+        "trainer": {"max_steps": 3, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"},
+    }
+    Path("mine.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "mine.yaml", "--trainer.enable_progress_bar=false"])
+    puma = {"class_path": "ProgressiveUnmasking", "init_args": {"num_stages": 3, "policy": "mine.rightmost_first"}}
+    config["model"]["init_args"]["forward_process"] = puma
+    Path("mine.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "mine.yaml"])
