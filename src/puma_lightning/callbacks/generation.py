@@ -97,9 +97,7 @@ class GenerationEvaluation(Callback):
             pl_module.log(f"{stage}/{name}", value)
             if kind in self.metrics:
                 number, passes = int(values[f"examples/{of}"]), float(values[f"nfe/{of}"])
-                self.summary.append(
-                    f"{of:<20} {kind} {value:.1%} ({number:,} sequences, {passes:.1f} passes each)"
-                )
+                self.summary.append(f"{of:<20} {kind} {value:.1%} ({number:,} sequences, {passes:.1f} passes each)")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """As in validation."""

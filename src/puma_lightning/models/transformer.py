@@ -283,4 +283,6 @@ class TransformerBackbone(nn.Module):
         """Logits of the token at every position: ``(B, L)`` int64 -> ``(B, L, V)``."""
         logits: Tensor = self.lm_head(self.hidden_states(input_ids))
         return logits
+
+
 Transformer = TransformerBackbone

@@ -1,0 +1,89 @@
+"""Evaluation by generating."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from puma_lightning import (
+    CellAccuracy,
+    GenerationEvaluation,
+    Margin,
+    MaskedDiffusion,
+    RandomMasking,
+    Sampler,
+    SudokuDataModule,
+    SudokuSolved,
+)
+
+
+class Oracle(torch.nn.Module):
+    """Knows the solutions: looks a board up by its clues."""
+
+    vocab_size = 6
+
+    def __init__(self, loader):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.solutions = torch.cat([batch["input_ids"] for batch in loader])
+
+    def forward(self, xt):
+        fits = ((xt[:, None] == self.solutions) | (xt[:, None] == 5)).all(-1)
+        return 9.0 * torch.nn.functional.one_hot(self.solutions[fits.float().argmax(1)], 6) + self.weight
+
+
+@pytest.fixture
+def data(tmp_path):
+    module = SudokuDataModule(
+        order=4, num_train=40, num_val=20, num_test=20, eval_batch_size=8, cache_dir=str(tmp_path / "cache")
+    )
+    module.prepare_data()
+    module.setup("validate")
+    return module
+
+
+def validate(data, callback, loaders=None):
+    loaders = loaders or data.val_dataloader()
+    backbone = Oracle(loaders[0] if isinstance(loaders, list) else loaders)
+    module = MaskedDiffusion(backbone, 5, RandomMasking())
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, callbacks=[callback], enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.validate(module, loaders, verbose=False)
+    return trainer.callback_metrics
+
+
+def test_a_model_that_knows_the_solutions_solves_everything(data):
+    samplers = [Sampler(), Sampler(Margin(), tokens_per_step=3)]
+    callback = GenerationEvaluation({"solved": SudokuSolved(), "cells": CellAccuracy()}, samplers)
+    metrics = validate(data, callback)
+    for sampler in ("confidence_1", "margin_3"):
+        assert metrics[f"val/solved/{sampler}"] == 1
+        assert metrics[f"val/cells/{sampler}"] == 1
+    assert metrics["val/nfe/confidence_1"] == 10  # 6 clues
+    assert metrics["val/nfe/margin_3"] == 4
+    assert all("(20 sequences" in line for line in callback.summary)
+    assert "solved 100.0%" in callback.summary[0]
+
+
+def test_num_examples_limits_the_work(data):
+    callback = GenerationEvaluation({"solved": SudokuSolved()}, [Sampler()], num_examples=11)
+    validate(data, callback)
+    assert "(11 sequences" in callback.summary[0]
+
+
+def test_several_sets_are_told_apart(data):
+    loader = data.val_dataloader()
+    callback = GenerationEvaluation({"solved": SudokuSolved()}, [Sampler()])
+    metrics = validate(data, callback, [loader, loader])
+    assert metrics["val/solved/confidence_1/0"] == metrics["val/solved/confidence_1/1"] == 1
+
+
+def test_nothing_that_could_mislead_is_accepted():
+    solved = {"solved": SudokuSolved()}
+    for arguments in (
+        {"samplers": []},
+        {"samplers": [Sampler(), Sampler()]},
+        {"samplers": [Sampler()], "num_examples": 0},
+    ):
+        with pytest.raises(ValueError, match=r"sampler|num_examples"):
+            GenerationEvaluation(solved, **arguments)

@@ -1,0 +1,71 @@
+"""Pictures of the unmasking order."""
+
+from types import SimpleNamespace
+
+import matplotlib.image
+import pytest
+import torch
+
+from puma_lightning import MaskedDiffusion, RandomMasking, TransformerBackbone, UnmaskingTrajectory
+from puma_lightning.plots import draw_reveal_order
+
+
+def watch(callback, tmp_path, step, length=36):
+    torch.manual_seed(0)
+    backbone = TransformerBackbone(
+        8, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, max_length=length
+    )
+    module = MaskedDiffusion(backbone, 7, RandomMasking())
+    trainer = SimpleNamespace(
+        sanity_checking=False, is_global_zero=True, global_step=step, log_dir=str(tmp_path), loggers=[]
+    )
+    batch = {"input_ids": torch.randint(1, 7, (3, length)), "prompt_mask": torch.rand(3, length) < 0.4}
+    callback.on_validation_batch_end(trainer, module, None, batch, 0)
+    callback.on_validation_batch_end(trainer, module, None, batch, 1)  # another batch changes nothing
+    callback.on_validation_epoch_end(trainer, module)
+    return batch
+
+
+def test_the_picture_follows_the_same_sequences_through_training(tmp_path):
+    callback = UnmaskingTrajectory(num_examples=2, max_columns=3)
+    for step in (10, 20, 30, 40):
+        batch = watch(callback, tmp_path, step)
+    assert [past["step"] for past in callback.history] == [10, 20, 30, 40]
+    for past in callback.history:
+        assert torch.equal(past["target"], batch["input_ids"][:2])
+        assert torch.equal(past["reveal_step"] == -1, batch["prompt_mask"][:2])
+    assert len(callback.draw().axes) == 2 * 3 + 1  # boards and the colour bar
+    assert matplotlib.image.imread(callback.path).std() > 0.1
+
+
+def test_a_resumed_run_goes_on_with_the_picture(tmp_path):
+    first, resumed = UnmaskingTrajectory(num_examples=1), UnmaskingTrajectory(num_examples=1)
+    for step in (10, 20):
+        watch(first, tmp_path, step)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    watch(resumed, tmp_path, 20)  # validated again after the resume: not twice in the picture
+    watch(resumed, tmp_path, 30)
+    assert [past["step"] for past in resumed.history] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("length", [10, 16, 72])
+def test_anything_that_is_not_a_board_is_a_strip(length):
+    tokens = torch.ones(length, dtype=torch.long)
+    order = torch.arange(length) - 1
+    figure = draw_reveal_order([[(tokens, order, tokens)]], ["title"])
+    shown = len(figure.axes[0].texts)
+    assert shown == {10: 10, 16: 16, 72: 36}[length]
+
+
+def test_wrong_tokens_are_crossed_out():
+    tokens, target = torch.ones(16, dtype=torch.long), torch.ones(16, dtype=torch.long)
+    target[[3, 5]] = 2
+    board_lines = len(draw_reveal_order([[(tokens, torch.arange(16), tokens)]], ["x"]).axes[0].lines)
+    assert len(draw_reveal_order([[(tokens, torch.arange(16), target)]], ["x"]).axes[0].lines) == board_lines + 2
+
+
+def test_numbers_below_one_are_refused():
+    for name in ("num_examples", "max_columns"):
+        with pytest.raises(ValueError, match=name):
+            UnmaskingTrajectory(**{name: 0})
