@@ -1,6 +1,9 @@
 """The command line, run in process as a user would run it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,15 +42,18 @@ def run(command, *options, config="quickstart.yaml"):
     main([command, "--config", str(config if isinstance(config, Path) else CONFIGS / config), *TINY, *options])
 
 
-def fit(*options):
+def quick():
     """The quickstart, but 6 steps, validated and saved every 3."""
     text = (CONFIGS / "quickstart.yaml").read_text()
     for name, number in (("max_steps: 1600", 6), ("val_check_interval: 400", 3), ("every_n_train_steps: 200", 3)):
         assert name in text
         text = text.replace(name, f"{name.split(':')[0]}: {number}")
-    quick = Path("quick.yaml")
-    quick.write_text(text)
-    run("fit", *options, config=quick)
+    Path("quick.yaml").write_text(text)
+    return Path("quick.yaml")
+
+
+def fit(*options):
+    run("fit", *options, config=quick())
     return max(Path("runs/quickstart").iterdir(), key=lambda version: int(version.name.split("_")[1]))
 
 
@@ -200,3 +206,27 @@ class Numbers(pl.LightningDataModule):
     config["model"]["init_args"]["forward_process"] = puma
     Path("mine.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "mine.yaml"])
+
+
+def test_two_processes_share_the_work_and_resume_exactly():
+    """As a user runs it: the launcher starts `python -m puma_lightning` again for the second process."""
+    quick()
+    command = [sys.executable, "-m", "puma_lightning", "fit", "--config=quick.yaml", *TINY, "--data.batch_size=4"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+    def weights(*options):
+        subprocess.run([*command, *two, *options], check=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        folder = max(Path("runs/quickstart").iterdir())
+        assert (folder / "unmasking_order.png").exists()
+        return folder / "checkpoints/last.ckpt"
+
+    whole = weights()
+    half = weights("--trainer.max_steps=3", "--model.init_args.scheduler.init_args.total_steps=6")
+    resumed = weights("--ckpt_path", str(half))
+    first, second = (torch.load(path, weights_only=True) for path in (whole, resumed))
+    assert first["global_step"] == second["global_step"] == 6
+    assert first["puma_lightning"]["world_size"] == len(first["puma_lightning"]["ranks"]) == 2
+    for name, tensor in first["state_dict"].items():
+        assert torch.equal(tensor, second["state_dict"][name])
+    with pytest.raises(ValueError, match=r"2 process.* 1; .*init_from"):
+        fit("--data.batch_size=4", "--ckpt_path", str(half))

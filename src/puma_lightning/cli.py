@@ -51,17 +51,17 @@ class PumaCLI(LightningCLI):
             _ = logger.version
         return trainer
 
-    @rank_zero_only
     def after_fit(self) -> None:
         """Say how it went and where everything is."""
         trainer = self.trainer
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder = trainer.log_dir  # asks all ranks, so it must not be left to rank 0
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         lines = [f"\nTrained for {trainer.global_step:,} optimizer steps."]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GenerationEvaluation):
                 lines += [f"  {line}" for line in callback.summary]
-        places: dict[str, str | Path | None] = {"logs": trainer.log_dir}
+        places: dict[str, str | Path | None] = {"logs": folder}
         for checkpoint in trainer.checkpoint_callbacks:
             if getattr(checkpoint, "monitor", None):
                 places["best checkpoint"] = checkpoint.best_model_path  # type: ignore[attr-defined]

@@ -70,10 +70,11 @@ class UnmaskingTrajectory(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what has been seen so far."""
-        if not self.history or trainer.sanity_checking or not trainer.is_global_zero or trainer.log_dir is None:
+        folder = trainer.log_dir  # asks all ranks, so it must not be left to rank 0
+        if not self.history or trainer.sanity_checking or folder is None:
             return
         figure = self.draw()
-        self.path = Path(trainer.log_dir) / "unmasking_order.png"
+        self.path = Path(folder) / "unmasking_order.png"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.path)
         for logger in trainer.loggers:

@@ -72,6 +72,12 @@ class StreamedModule(pl.LightningModule):
         self._snapshots: dict[str, Any] | None = None
         self._all_finite: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the module, such as EMA makes, has no stream: it is not trained."""
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("stream", None)
+        return state
+
     # The stream ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
