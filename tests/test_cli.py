@@ -45,7 +45,7 @@ def run(command, *options, config="quickstart.yaml"):
 def quick():
     """The quickstart, but 6 steps, validated and saved every 3."""
     text = (CONFIGS / "quickstart.yaml").read_text()
-    for name, number in (("max_steps: 1600", 6), ("val_check_interval: 400", 3), ("every_n_train_steps: 200", 3)):
+    for name, number in (("max_steps: 1200", 6), ("val_check_interval: 300", 3), ("every_n_train_steps: 300", 3)):
         assert name in text
         text = text.replace(name, f"{name.split(':')[0]}: {number}")
     Path("quick.yaml").write_text(text)

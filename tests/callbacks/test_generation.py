@@ -75,7 +75,7 @@ def test_several_sets_are_told_apart(data):
     loader = data.val_dataloader()
     callback = GenerationEvaluation({"solved": SudokuSolved()}, [Sampler()])
     metrics = validate(data, callback, [loader, loader])
-    assert metrics["val/solved/confidence_1/0"] == metrics["val/solved/confidence_1/1"] == 1
+    assert metrics["val/solved/confidence_1"] == metrics["val/solved/confidence_1/1"] == 1
 
 
 def test_nothing_that_could_mislead_is_accepted():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from puma_lightning.models import Transformer
+from puma_lightning.models import TransformerBackbone
 from puma_lightning.models.transformer import RotaryTable, rotate
 
 SMALL: dict[str, Any] = dict(
@@ -21,10 +21,10 @@ seeds = st.integers(0, 2**31 - 1)
 few = settings(max_examples=15, deadline=None)
 
 
-def build(**changes: Any) -> Transformer:
+def build(**changes: Any) -> TransformerBackbone:
     """A small float64 model with weights large enough for every path to be seen in the logits."""
     torch.manual_seed(changes.pop("seed", 0))
-    model = Transformer(**{**SMALL, **changes}).double()
+    model = TransformerBackbone(**{**SMALL, **changes}).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
@@ -35,7 +35,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(13, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(model: Transformer, input_ids: Tensor) -> dict[str, Tensor]:
+def gradients(model: TransformerBackbone, input_ids: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     model(input_ids).square().mean().backward()
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
@@ -153,16 +153,16 @@ def test_names_are_those_of_qwen2() -> None:
     }
     expected = {f"layers.{n}.{name}" for n in range(2) for name in layer}
     expected |= {"embed_tokens.weight", "norm.weight", "lm_head.weight"}
-    assert set(Transformer(**SMALL, qkv_bias=True).state_dict()) == expected  # so no buffer either
+    assert set(TransformerBackbone(**SMALL, qkv_bias=True).state_dict()) == expected  # so no buffer either
 
 
 def test_sudoku_model_has_the_papers_size() -> None:
-    model = Transformer(vocab_size=11)
+    model = TransformerBackbone(vocab_size=11)
     assert sum(parameter.numel() for parameter in model.parameters()) == 6_825_728
 
 
 def test_tied_embeddings_share_storage() -> None:
-    tied, untied = Transformer(**SMALL, tie_embeddings=True), Transformer(**SMALL)
+    tied, untied = TransformerBackbone(**SMALL, tie_embeddings=True), TransformerBackbone(**SMALL)
     assert tied.lm_head.weight is tied.embed_tokens.weight
     assert copy.deepcopy(tied).lm_head.weight.data_ptr() != tied.lm_head.weight.data_ptr()
     count = [sum(parameter.numel() for parameter in model.parameters()) for model in (untied, tied)]
@@ -171,7 +171,7 @@ def test_tied_embeddings_share_storage() -> None:
 
 def test_initial_weights() -> None:
     torch.manual_seed(0)
-    model = Transformer(vocab_size=500, hidden_size=128, num_layers=8, qkv_bias=True)
+    model = TransformerBackbone(vocab_size=500, hidden_size=128, num_layers=8, qkv_bias=True)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert (parameter == 0).all(), name
@@ -225,7 +225,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 def test_bfloat16_autocast_is_close() -> None:
     torch.manual_seed(0)
-    model, input_ids = Transformer(**SMALL), tokens(2, 16)
+    model, input_ids = TransformerBackbone(**SMALL), tokens(2, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = model(input_ids)
     assert low.dtype == torch.bfloat16
@@ -234,8 +234,8 @@ def test_bfloat16_autocast_is_close() -> None:
 
 def test_compile_option_keeps_keys_and_survives_copies() -> None:
     """Nothing is compiled before the first call, so this needs no compiler."""
-    model = Transformer(**SMALL, compile=True)
-    plain = Transformer(**SMALL)
+    model = TransformerBackbone(**SMALL, compile=True)
+    plain = TransformerBackbone(**SMALL)
     assert list(model.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(model.state_dict())
     buffer = io.BytesIO()
@@ -284,11 +284,23 @@ def test_compiled_model_computes_the_same(recompute: bool) -> None:
 )
 def test_impossible_values_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Transformer(**{**SMALL, **changes})
+        TransformerBackbone(**{**SMALL, **changes})
 
 
 def test_too_long_sequences_are_refused() -> None:
-    model = Transformer(**SMALL)
+    model = TransformerBackbone(**SMALL)
     assert model(tokens(1, 16)).shape == (1, 16, 13)
     with pytest.raises(ValueError, match="at most max_length = 16 positions, got 17: shorten"):
         model(tokens(1, 17))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_only_learned_positions_tell_equal_tokens_apart(learned):
+    """Rotary scores depend on distance alone, so a sequence of one repeated token has no places."""
+    torch.manual_seed(0)
+    model = TransformerBackbone(
+        5, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2, max_length=12, learned_positions=learned
+    )
+    hidden = model.hidden_states(torch.full((1, 9), 3))[0]
+    assert torch.allclose(hidden, hidden[:1].expand_as(hidden), atol=1e-5) is not learned
+    assert ("embed_positions.weight" in model.state_dict()) is learned

@@ -157,6 +157,9 @@ class TransformerBackbone(nn.Module):
         num_kv_heads: Number of key/value heads, a divisor of num_heads. None means num_heads.
         max_length: Longest sequence the model accepts.
         rope_theta: Base of the rotary wavelengths.
+        learned_positions: Whether to add a learned embedding of the absolute position. Rotary embedding tells
+            positions apart by distance only; where a position's place has a meaning, as on a board, this is much
+            easier to learn from.
         norm_eps: Added to the mean square in every RMSNorm.
         qkv_bias: Whether the query, key and value projections have biases. Qwen2's published weights do.
         tie_embeddings: Whether the output layer shares the token embedding's weight.
@@ -179,6 +182,7 @@ class TransformerBackbone(nn.Module):
         num_kv_heads: int | None = None,
         max_length: int = 1024,
         rope_theta: float = 10000.0,
+        learned_positions: bool = False,
         norm_eps: float = 1e-6,
         qkv_bias: bool = False,
         tie_embeddings: bool = False,
@@ -222,6 +226,7 @@ class TransformerBackbone(nn.Module):
         self.activation_checkpointing = activation_checkpointing
 
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.embed_positions = nn.Embedding(max_length, hidden_size) if learned_positions else None
         self.rotary = RotaryTable(hidden_size // num_heads, max_length, rope_theta)
         self.layers = nn.ModuleList(
             Layer(
@@ -272,6 +277,8 @@ class TransformerBackbone(nn.Module):
                 "shorten the sequences or build the model with a larger max_length."
             )
         x: Tensor = self.embed_tokens(input_ids)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions.weight[:length]
         cos, sin = self.rotary(length)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
@@ -283,6 +290,3 @@ class TransformerBackbone(nn.Module):
         """Logits of the token at every position: ``(B, L)`` int64 -> ``(B, L, V)``."""
         logits: Tensor = self.lm_head(self.hidden_states(input_ids))
         return logits
-
-
-Transformer = TransformerBackbone

@@ -154,9 +154,8 @@ class MaskedDiffusion(StreamedModule):
 
 
 def loader_suffix(trainer: pl.Trainer, dataloader_idx: int) -> str:
-    """What a metric's name ends in when several sets are evaluated: ``/name``, nothing for a single one."""
-    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-    if not isinstance(loaders, list | tuple) or len(loaders) < 2:
+    """What a metric's name ends in: nothing for the first set, which checkpoints can watch; ``/name`` for others."""
+    if dataloader_idx == 0:
         return ""
     names = getattr(trainer.datamodule, "test_names" if trainer.testing else "val_names", None)  # type: ignore[attr-defined]
     return f"/{names[dataloader_idx] if names else dataloader_idx}"
