@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import default_collate
 
 from puma_lightning.data.base import check_batch
 from puma_lightning.data.sudoku import SudokuDataModule, SudokuDataset
@@ -67,13 +69,17 @@ def test_batches(tmp_path: Path, order: int, layout: str) -> None:
     assert sizes == [[8, 8, 4], [4, 2], [4, 1]]
 
 
+def batch(dataset: SudokuDataset, indices: Iterable[int]) -> dict[str, torch.Tensor]:
+    return default_collate(dataset.__getitems__(list(indices)))
+
+
 def test_training_is_shuffled_and_evaluation_is_not(tmp_path: Path) -> None:
     data = module(tmp_path, **SIZES)
-    whole = data._sets["train"][0].__getitems__(list(range(20)))["input_ids"]
+    whole = batch(data._sets["train"][0], range(20))["input_ids"]
     shuffled = next(iter(data.train_dataloader()))["input_ids"]
     assert not torch.equal(shuffled, whole)
     assert sorted(shuffled.tolist()) == sorted(whole.tolist())
-    val = data._sets["val"][0].__getitems__(list(range(6)))["input_ids"]
+    val = batch(data._sets["val"][0], range(6))["input_ids"]
     assert torch.equal(next(iter(data.val_dataloader()))["input_ids"], val)
 
 
@@ -93,19 +99,19 @@ def test_items_depend_on_their_index_only(order: int, layout: Any, seed: int, dr
     dataset = SudokuDataset(boards, layout, augment=5, seed=seed)
     assert len(dataset) == 50
     indices = draw.draw(st.lists(st.integers(0, 49), min_size=1, max_size=12))
-    together = dataset.__getitems__(indices)
+    together = batch(dataset, indices)
     for row, index in enumerate(indices):
         alone = SudokuDataset(boards, layout, augment=5, seed=seed)[index]
         assert torch.equal(alone["input_ids"], together["input_ids"][row])
         assert torch.equal(alone["prompt_mask"], together["prompt_mask"][row])
-    plain = SudokuDataset(boards, layout).__getitems__(list(range(10)))
-    assert torch.equal(dataset.__getitems__(list(range(10)))["input_ids"], plain["input_ids"])
+    plain = batch(SudokuDataset(boards, layout), range(10))
+    assert torch.equal(batch(dataset, range(10))["input_ids"], plain["input_ids"])
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_copies_are_other_pictures_of_the_same_puzzle(order: int) -> None:
     boards = made(order, 10)
-    items = SudokuDataset(boards, "prompt_answer", augment=4, seed=1).__getitems__(list(range(40)))
+    items = batch(SudokuDataset(boards, "prompt_answer", augment=4, seed=1), range(40))
     puzzles, solutions = (half.numpy().astype(np.uint8) for half in items["input_ids"].chunk(2, dim=1))
     assert len(np.unique(puzzles, axis=0)) == 40
     codes = equivalence_key(type(boards)(puzzles, solutions)).reshape(4, 10)

@@ -1,0 +1,64 @@
+"""The notebooks run from top to bottom."""
+
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+PROOF = "teacher and student: the same order, position by position"
+
+
+def printed(notebook) -> str:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install 'puma_lightning[test]'")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install 'puma_lightning[test]'")
+    import nbformat
+
+    # The kernel is another process: it must find this package, and this many threads, by the environment.
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent / "src"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # What a notebook reads from the user's home, it would read from an empty one.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    work = tmp_path / "work"
+    work.mkdir()
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []  # what is found below was printed now
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(work)}}
+    )
+    client.execute()  # raises CellExecutionError with the traceback of a cell that fails
+
+    errors = [o for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    assert not errors
+    assert not list(work.iterdir()), "the notebook left files behind"
+    assert not (tmp_path / "cache" / "puma_lightning").exists(), "the notebook wrote to the user's cache"
+    if path.stem == "01_the_chain":
+        assert PROOF in printed(notebook)
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_is_saved_executed_and_clean(path):
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert path.stat().st_size < 700_000
+    if path.stem == "01_the_chain":
+        assert PROOF in printed(notebook)
+
+
+def test_there_are_notebooks():
+    assert (NOTEBOOKS / "01_the_chain.ipynb").is_file()
