@@ -49,7 +49,6 @@ def test_a_bad_schedule_is_refused_by_name(value, why):
         StepSchedule("num_stages", value)
 
 
-@pytest.mark.xfail(reason="BUG: StepSchedule raises TypeError, not ValueError", raises=TypeError, strict=True)
 @pytest.mark.parametrize("value", [[12, 15], 2.5, None])
 def test_what_is_no_schedule_at_all_is_refused_by_name(value):
     """A list of bare values, a fraction or null get the same kind of answer."""

@@ -466,7 +466,6 @@ def test_an_iterable_data_set_needs_a_length():
 # --- found while writing these tests ---
 
 
-@pytest.mark.xfail(reason="BUG: a user's batch_sampler is read in sequential order", strict=True)
 def test_a_batch_samplers_order_is_kept():
     """A shuffling batch_sampler is not silently a sequential one."""
     batches = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(Rows(50)), 5, False)
@@ -474,13 +473,11 @@ def test_a_batch_samplers_order_is_kept():
     assert names(supply.take(50)["input_ids"]) != list(range(50))
 
 
-@pytest.mark.xfail(reason="BUG: trailing zeros do not change the seed", strict=True)
 def test_seeds_of_different_purposes_differ():
     """(seed, rank, step) drives dropout, (seed, rank, step, 0) the masks: they must not be the same numbers."""
     assert len({derived_seed(7), derived_seed(7, 0), derived_seed(7, 0, 0), derived_seed(7, 0, 0, 0)}) == 4
 
 
-@pytest.mark.xfail(reason="BUG: worker seeds of an iterable data set depend on the rank", strict=True)
 def test_a_shuffling_iterable_data_set_is_the_same_on_all_ranks():
     """Every rank reads the whole stream and keeps its share, so all must read the same stream."""
 

@@ -123,8 +123,8 @@ class ProgressiveUnmasking(ForwardProcess):
     """PUMA: a teacher-forced chain in the order that the model's own policy chooses (arXiv 2602.10314).
 
     Args:
-        num_stages: K, the number of training steps each sequence stays for; or a schedule of
-            ``[optimizer step, K]`` pairs such as ``[[0, 12], [60000, 15]]``.
+        num_stages: K, the number of training steps each sequence stays for (about as many with a threshold); or
+            a schedule of ``[optimizer step, K]`` pairs such as ``[[0, 12], [60000, 15]]``.
         policy: Scores masked positions; the highest are revealed first.
         threshold: If given, also reveal every masked position whose top-1 probability exceeds it.
     """

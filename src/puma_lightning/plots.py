@@ -8,6 +8,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from puma_lightning.sudoku.board import board_of_length, geometry
@@ -32,7 +33,7 @@ def draw_reveal_order(panels: Sequence[Sequence[Panel]], titles: Sequence[str]) 
     length = len(panels[0][0][0])
     rows, columns, *_ = _grid(length)
     size = (2.4, 2.4) if rows > 1 else (max(3.0, 0.22 * columns), 0.8)
-    figure = Figure(figsize=(size[0] * len(titles) + 1.0, size[1] * len(panels) + 0.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(size[0] * len(titles) + 1.0, size[1] * len(panels) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
     last = max(1, *(int(reveal_step.max()) for row in panels for _, reveal_step, _ in row))
     scale = Normalize(0, last)
@@ -43,6 +44,7 @@ def draw_reveal_order(panels: Sequence[Sequence[Panel]], titles: Sequence[str]) 
         axis.set_title(title, fontsize=9)
     bar = figure.colorbar(ScalarMappable(scale, COLORMAP), ax=list(axes.flat), shrink=0.8, pad=0.02)
     bar.set_label("revealed by forward pass", fontsize=8)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     bar.ax.tick_params(labelsize=7)
     return figure
 

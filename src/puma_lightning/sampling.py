@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puma_lightning.unmasking import Confidence, PolicyLike, policy_name, reveal
+from puma_lightning.unmasking import Confidence, PolicyLike, exclude_token, policy_name, reveal
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Sampler:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1] or null, got {threshold}")
-        if temperature < 0:
+        if not temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
@@ -101,7 +101,7 @@ class Sampler:
         nfe = torch.zeros(xt.shape[0], dtype=torch.long, device=xt.device)
         step = 0
         while (masked := xt == mask_id).any():
-            logits = model(xt)
+            logits = exclude_token(model(xt), mask_id)
             remaining = masked.sum(1)
             nfe += remaining > 0
             if self.num_steps:
@@ -137,8 +137,8 @@ def draw(
     Returns:
         Tokens, (B, L) int64.
     """
-    logits = logits.float()
-    logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == mask_id, float("-inf"))
+    # Finite, so that even where nothing else has a probability the mask token is the worst choice.
+    logits = exclude_token(logits.float().clamp_min(torch.finfo(torch.float).min), mask_id)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature

@@ -17,8 +17,11 @@ class StepSchedule:
     """
 
     def __init__(self, name: str, value: int | Sequence[Sequence[int]]) -> None:
-        pairs = [(0, value)] if isinstance(value, int) else [tuple(pair) for pair in value]
-        if not pairs or any(len(pair) != 2 for pair in pairs):
+        try:
+            pairs = [(0, value)] if isinstance(value, int) else [(int(step), int(number)) for step, number in value]
+        except (TypeError, ValueError):
+            pairs = []
+        if not pairs:
             raise ValueError(f"{name} must be an integer or [step, value] pairs, got {value}")
         self.steps: list[int] = [step for step, _ in pairs]
         self.values: list[int] = [number for _, number in pairs]

@@ -19,8 +19,10 @@ from puma_lightning.forward_process import ForwardProcess, Slots
 
 
 def derived_seed(*keys: int) -> int:
-    """A 63-bit seed from integers, well mixed: neighbouring keys give unrelated seeds."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+    """A 63-bit seed from non-negative integers, well mixed: neighbouring keys give unrelated seeds."""
+    # Numbered words of one width: SeedSequence pads with zeros, and splits large integers.
+    words = [word for key in keys for word in (key & 0xFFFFFFFF, key >> 32)]
+    return int(np.random.SeedSequence([len(keys), *words]).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Stream:
@@ -34,11 +36,11 @@ class Stream:
         process: The forward process.
         mask_id: The mask token.
         num_slots: B, the rows of a batch.
+        num_steps: Batches in one pass over this iterable (a Lightning epoch).
         num_groups: M groups of slots are yielded in turn. With ``accumulate_grad_batches=M`` this keeps one
             sequence from being counted twice in an update.
-        num_steps: Batches in one pass over this iterable (a Lightning epoch).
         seed: The same on all ranks.
-        device: Where the slots live.
+        device: Where the slots live; the CPU by default.
     """
 
     def __init__(
@@ -47,10 +49,10 @@ class Stream:
         process: ForwardProcess,
         mask_id: int,
         num_slots: int,
-        num_groups: int,
         num_steps: int,
-        seed: int,
-        device: torch.device,
+        num_groups: int = 1,
+        seed: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         self.sequences = sequences
         self.process = process
@@ -58,10 +60,11 @@ class Stream:
         self.num_slots = num_slots
         self.num_steps = num_steps
         self.seed = seed
-        self.device = device
+        self.device = device or torch.device("cpu")
         self.groups: list[Slots | None] = [None] * num_groups
         self.step = 0  # batches yielded in the life of this stream
-        self._generator = torch.Generator(device)
+        self._in_flight: Slots | None = None
+        self._generator = torch.Generator(self.device)
 
     def _seeded(self, step: int, purpose: int) -> torch.Generator:
         return self._generator.manual_seed(derived_seed(self.seed, self.sequences.rank, step, purpose))
@@ -72,6 +75,7 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(self.num_steps):
             batch = self.peek()
+            self._in_flight = self.groups[self.step % len(self.groups)]
             self.step += 1
             yield batch
 
@@ -121,15 +125,23 @@ class Stream:
         xt = self.process.start(x0, prompt_mask, stage, num_stages, self.mask_id, generator)
         return Slots(x0, prompt_mask, xt, stage, torch.zeros_like(stage, dtype=torch.bool), num_stages)
 
-    def snapshot(self) -> dict[str, Any]:
-        """Everything needed to go on exactly from here, as CPU tensors and plain types."""
+    def snapshot(self, in_flight: bool = False) -> dict[str, Any]:
+        """Everything needed to go on exactly from here, as CPU tensors and plain types.
+
+        Args:
+            in_flight: Whether the training step of the batch yielded last is unfinished and will be done again.
+        """
         cpu = torch.device("cpu")
+        groups, step = list(self.groups), self.step
+        if in_flight:
+            step -= 1
+            groups[step % len(groups)] = self._in_flight
         return {
             "seed": self.seed,
-            "step": self.step,
+            "step": step,
             "position": self.sequences.position,
             "num_sequences": self.sequences.num_sequences,
-            "groups": [slots and {**slots.to(cpu).tensors(), "num_stages": slots.num_stages} for slots in self.groups],
+            "groups": [slots and {**slots.to(cpu).tensors(), "num_stages": slots.num_stages} for slots in groups],
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
@@ -160,11 +172,12 @@ class CleanSequences:
 
     Takes over the data set, workers and collate function of a user's ``DataLoader``, and reads it pass after
     pass. A pass holds every sequence exactly once over all ranks, in an order fixed by (seed, pass), so a
-    single number says where in the data a rank is.
+    single number says where in the data a rank is. Randomness inside a data set must depend on the index only,
+    and an iterable data set must yield the same on every rank, for a resumed run to see the same data.
 
     Args:
-        loader: The user's loader. A shuffling one is shuffled anew each pass; any other sampler is iterated
-            anew each pass.
+        loader: The user's loader. A shuffling one is shuffled anew each pass; any other sampler, a batch
+            sampler's too, is iterated anew each pass, under a seed of its own.
         mask_id: The mask token.
         vocab_size: V.
         min_answer_length: The shortest answer allowed, in positions.
@@ -173,7 +186,7 @@ class CleanSequences:
         seed: The same on all ranks.
 
     Raises:
-        ValueError: If the loader has no batch size, or the data set no length.
+        ValueError: If the loader has no batch size or no sampler, or the data set is empty or has no length.
     """
 
     def __init__(
@@ -181,10 +194,10 @@ class CleanSequences:
         loader: "DataLoader[Any]",
         mask_id: int,
         vocab_size: int,
-        min_answer_length: int,
-        rank: int,
-        world_size: int,
-        seed: int,
+        min_answer_length: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
     ) -> None:
         self.loader = loader
         self.rank = rank
@@ -201,8 +214,17 @@ class CleanSequences:
             )
         self.batch_size = int(batch_size)
         self._iterable = isinstance(loader.dataset, IterableDataset)
+        self._sampler: Any = loader.sampler
+        if loader.batch_size is None and not self._iterable:
+            # Under a batch sampler, loader.sampler is a default that PyTorch never reads.
+            self._sampler = getattr(loader.batch_sampler, "sampler", None)
+            if self._sampler is None:
+                raise ValueError(
+                    f"{type(loader.batch_sampler).__name__} has no sampler to take an order from; give the training "
+                    "DataLoader a sampler and a batch_size instead"
+                )
         try:
-            self.num_sequences = len(loader.dataset if self._iterable else loader.sampler)  # type: ignore[arg-type]
+            self.num_sequences = len(loader.dataset if self._iterable else self._sampler)  # type: ignore[arg-type]
         except TypeError:
             raise ValueError(
                 f"{type(loader.dataset).__name__} has no length; define __len__, the number of sequences in one pass "
@@ -211,7 +233,7 @@ class CleanSequences:
         if self.num_sequences == 0:
             raise ValueError("the training data set is empty")
         # A DistributedSampler of the user's own has dealt out the sequences already.
-        self._sharded = getattr(loader.sampler, "num_replicas", 1) == world_size > 1
+        self._sharded = getattr(self._sampler, "num_replicas", 1) == world_size > 1
         if self._sharded:
             self.num_sequences *= world_size
         self.seek(seed, 0)
@@ -222,6 +244,11 @@ class CleanSequences:
         self.position = position
         self._rest: Batch | None = None
         self._batches = self._read(position)
+
+    def close(self) -> None:
+        """Let the loader's worker processes end; the position stays."""
+        self._rest = None
+        self._batches = iter(())
 
     def take(self, number: int) -> Batch:
         """The next ``number`` sequences.
@@ -266,12 +293,13 @@ class CleanSequences:
             "worker_init_fn": old.worker_init_fn,
             "multiprocessing_context": old.multiprocessing_context,
             "prefetch_factor": old.prefetch_factor,
-            # A generator of its own: iterating must not draw from the global one.
-            "generator": torch.Generator().manual_seed(derived_seed(self.seed, self.rank)),
+            # A generator of its own: iterating must not draw from the global one. The same on all ranks: each
+            # reads the whole of an iterable data set.
+            "generator": torch.Generator().manual_seed(derived_seed(self.seed)),
         }
         if not self._iterable:
             order = _EndlessOrder(
-                old.sampler, self.seed, 0 if self._sharded else self.rank,
+                self._sampler, self.seed, 0 if self._sharded else self.rank,
                 1 if self._sharded else self.world_size, position,
             )  # fmt: skip
             return iter(DataLoader(old.dataset, sampler=order, **options))
@@ -316,7 +344,8 @@ class _EndlessOrder(Sampler[int]):
         size = len(self.sampler)
         if isinstance(self.sampler, SequentialSampler):
             return torch.arange(size)
-        if isinstance(self.sampler, RandomSampler) and size == len(self.sampler.data_source):
+        plain = type(self.sampler) is RandomSampler and not self.sampler.replacement
+        if plain and size == len(self.sampler.data_source):
             generator = torch.Generator().manual_seed(derived_seed(self.seed, number))
             return torch.randperm(size, generator=generator)
         if hasattr(self.sampler, "set_epoch"):

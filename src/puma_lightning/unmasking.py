@@ -84,6 +84,19 @@ class LeftToRight(Policy):
         return -torch.arange(xt.shape[1], device=xt.device, dtype=torch.float).expand(xt.shape)
 
 
+def exclude_token(logits: Tensor, token: int) -> Tensor:
+    """Give a token, such as the mask, probability 0.
+
+    Args:
+        logits: (..., V).
+        token: Its id.
+
+    Returns:
+        Logits with -inf for the token, (..., V).
+    """
+    return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == token, float("-inf"))
+
+
 def policy_name(policy: PolicyLike) -> str:
     """A short lower-case name for logs: ``confidence``, or the name of the user's own callable."""
     return str(getattr(policy, "__name__", type(policy).__name__)).lower()
@@ -170,7 +183,8 @@ def stage_of(revealed: Tensor, num_stages: int, answer_length: Tensor) -> Tensor
     """The stage that a number of uncovered positions belongs to.
 
     The bucket s of K with s / K < revealed / A <= (s + 1) / K; nothing revealed is stage 0. A bucket
-    holds its upper end because ``target_count`` rounds.
+    holds its upper end because ``target_count`` rounds. A - 1, the most that a target asks for, is always the
+    last stage: where A = K it would be the last but one, and a chain that got there would never end.
 
     Args:
         revealed: Uncovered answer positions, any shape, int64.
@@ -180,4 +194,5 @@ def stage_of(revealed: Tensor, num_stages: int, answer_length: Tensor) -> Tensor
     Returns:
         Stages in 0..K-1, the shape of ``revealed``, int64.
     """
-    return ((revealed * num_stages - 1) // answer_length).clamp(0, num_stages - 1)
+    stage = ((revealed * num_stages - 1) // answer_length).clamp(0, num_stages - 1)
+    return torch.where(revealed >= answer_length - 1, num_stages - 1, stage)

@@ -371,11 +371,6 @@ def test_two_processes(tmp_path):
 # --- found while writing these tests ---
 
 
-@pytest.mark.xfail(
-    reason="BUG: WarmupCosine asks for the run's length, which builds the stream and restores the gradients before "
-    "Lightning's zero_grad()",
-    strict=True,
-)
 def test_resume_inside_an_accumulation_window_of_a_run_of_epochs(tmp_path):
     """max_epochs instead of max_steps: half the gradient of the first update must not be lost."""
     options = {"max_steps": -1, "max_epochs": 2}
@@ -383,7 +378,6 @@ def test_resume_inside_an_accumulation_window_of_a_run_of_epochs(tmp_path):
     assert_goes_on(full, run(tmp_path, tmp_path / "batch4.ckpt", **options), 4)
 
 
-@pytest.mark.xfail(reason="BUG: trainer.ckpt_path is still None in setup(), so init_from is read", strict=True)
 def test_a_resume_does_not_need_the_file_of_init_from(tmp_path):
     """The checkpoint being resumed has all the weights."""
     run(tmp_path, save_at=(5,), max_steps=3)
@@ -393,7 +387,6 @@ def test_a_resume_does_not_need_the_file_of_init_from(tmp_path):
     run(tmp_path, tmp_path / "batch3.ckpt", **options)
 
 
-@pytest.mark.xfail(reason="BUG: the stream's workers outlive fit, as long as the module", strict=True)
 def test_no_worker_outlives_fit(tmp_path):
     """Lightning stops the workers of the loaders that it knows."""
     trainer = run(tmp_path, workers=2, max_steps=2)[2]
@@ -410,7 +403,6 @@ class Fail(pl.Callback):
             raise RuntimeError("out of memory")
 
 
-@pytest.mark.xfail(reason="BUG: the slots have moved on, the batch is not trained on again", strict=True)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_checkpoint_saved_on_an_exception_goes_on_too(tmp_path, accumulate):
     """The batch that failed is trained on again, as if nothing had happened."""

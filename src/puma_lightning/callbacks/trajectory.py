@@ -76,7 +76,7 @@ class UnmaskingTrajectory(Callback):
         figure = self.draw()
         self.path = Path(folder) / "unmasking_order.png"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.path)
+        figure.savefig(self.path, dpi=150)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("unmasking_order", figure, trainer.global_step)

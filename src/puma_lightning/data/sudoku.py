@@ -3,13 +3,13 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from puma_lightning.data.base import Batch
 from puma_lightning.sudoku.board import (
@@ -55,10 +55,10 @@ class SudokuDataset(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         """One item, ``(L,)`` tensors."""
-        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """A whole batch at once, ``(B, L)`` tensors: this is what a DataLoader calls."""
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        """The items of a whole batch, made at once: this is what a DataLoader calls."""
         index = np.asarray(indices)
         copy, row = np.divmod(index, len(self.boards.puzzles))
         puzzles, solutions = self.boards.take(row)
@@ -73,10 +73,8 @@ class SudokuDataset(Dataset[Batch]):
         else:
             tokens = np.concatenate([puzzles, solutions], axis=1)
             prompt = np.concatenate([np.ones_like(clues), np.zeros_like(clues)], axis=1)
-        return {
-            "input_ids": torch.from_numpy(tokens.astype(np.int64)),
-            "prompt_mask": torch.from_numpy(prompt),
-        }
+        input_ids, prompt_mask = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(prompt)
+        return [{"input_ids": ids, "prompt_mask": given} for ids, given in zip(input_ids, prompt_mask, strict=True)]
 
 
 class SudokuDataModule(pl.LightningDataModule):
@@ -218,7 +216,6 @@ class SudokuDataModule(pl.LightningDataModule):
             batch_size=batch_size,  # by keyword: Lightning's replacement of samplers fails otherwise
             shuffle=shuffle,
             num_workers=self.num_workers,
-            collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
@@ -276,11 +273,6 @@ class SudokuDataModule(pl.LightningDataModule):
 
         recipe = {"order": self.order, "train": num_train, "val": num_val, "seed": self.seed}
         return cached(self.cache_dir, {**recipe, **_identity(file)}, build)
-
-
-def _collate(batch: Any) -> Batch:
-    """Batches fetched whole are ready; single items, from a loader that asks for those, are stacked."""
-    return batch if isinstance(batch, dict) else default_collate(batch)
 
 
 def _identity(file: Path) -> dict[str, object]:

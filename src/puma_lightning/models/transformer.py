@@ -145,8 +145,7 @@ class Layer(nn.Module):
 class TransformerBackbone(nn.Module):
     """Qwen2-style transformer from token ids ``(B, L)`` to logits ``(B, L, V)``.
 
-    Any module with such a ``forward`` can replace it. Two things more are optional: ``vocab_size``, and
-    ``hidden_states`` with ``lm_head``, by which logits are computed where they are needed only.
+    Any module with such a ``forward`` and an attribute ``vocab_size`` can replace it.
 
     Args:
         vocab_size: Number of tokens V, with the mask token.

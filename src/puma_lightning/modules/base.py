@@ -69,7 +69,8 @@ class StreamedModule(pl.LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.init_from = init_from
-        self._snapshots: dict[str, Any] | None = None
+        self._snapshots: list[dict[str, Any]] | None = None
+        self._resumed = False
         self._all_finite: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,8 +91,6 @@ class StreamedModule(pl.LightningModule):
                     f"Trainer({option}) works on loaders, which the stream of slots replaces; "
                     "leave it out and choose the sequences in the DataModule"
                 )
-        if self.init_from is not None and self.trainer.ckpt_path is None:
-            self.load_weights(self.init_from)
         # It is: the stream's state is in this module's part of the checkpoint.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
         source = self.trainer.fit_loop._data_source
@@ -138,22 +137,39 @@ class StreamedModule(pl.LightningModule):
             self.forward_process,
             self.mask_id,
             sequences.batch_size,
-            groups,
+            num_groups=groups,
             num_steps=sequences.num_sequences // (sequences.batch_size * trainer.world_size),
             seed=seed,
             device=trainer.strategy.root_device,
         )
         if self._snapshots is not None:
-            self._restore_stream(self._snapshots)
-            self._snapshots = None
+            self.stream.restore(self._snapshots[self.global_rank]["stream"])
         return self.stream
+
+    def on_fit_start(self) -> None:
+        """Start from the weights of ``init_from``, unless the run is a resumed one."""
+        if self.init_from is not None and not self._resumed:
+            self.load_weights(self.init_from)
 
     def on_train_start(self) -> None:
         """Try the first batch before any step is taken, so that bad input is refused at once."""
         self._all_finite = None
         batch = self.stream.peek()
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             self.preflight(batch)
+        for module, mode in modes:
+            module.training = mode
+        # Only now: Lightning clears all gradients while it sets up.
+        self._restore_gradients()
+        self._snapshots = None
+
+    def teardown(self, stage: str) -> None:
+        """Let the loader's worker processes end."""
+        if stage == "fit" and hasattr(self, "stream"):
+            self.stream.sequences.close()
+        self._resumed = False
 
     def preflight(self, batch: dict[str, Tensor]) -> None:
         """Check what the first batch gives; subclasses raise ValueError."""
@@ -169,7 +185,12 @@ class StreamedModule(pl.LightningModule):
         if self._trainer is None or not hasattr(self, "stream"):
             return
         trainer = self.trainer
-        state: dict[str, Any] = {"stream": self.stream.snapshot(), "gradients": self._partial_gradients()}
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        in_flight = progress.ready > progress.processed
+        state: dict[str, Any] = {
+            "stream": self.stream.snapshot(in_flight),
+            "gradients": self._partial_gradients(in_flight),
+        }
         state["finite"] = self._all_finite is None or bool(self._all_finite)
         states: list[Any] = [state]
         if trainer.world_size > 1:
@@ -184,9 +205,14 @@ class StreamedModule(pl.LightningModule):
             self._stop_at_non_finite()
         checkpoint[CHECKPOINT_KEY] = {"world_size": trainer.world_size, "ranks": states}
 
-    def _partial_gradients(self) -> dict[str, Tensor] | None:
+    def _partial_gradients(self, in_flight: bool) -> dict[str, Tensor] | None:
         """Gradients of an accumulation window that a checkpoint falls into."""
-        if self.trainer.training and self.trainer.fit_loop._should_accumulate():
+        loop = self.trainer.fit_loop
+        if in_flight:
+            partial_window = (loop.epoch_loop.batch_progress.current.ready - 1) % self.trainer.accumulate_grad_batches
+        else:
+            partial_window = self.trainer.training and loop._should_accumulate()
+        if partial_window:
             return {n: p.grad.cpu() for n, p in self.named_parameters() if p.grad is not None}
         return None
 
@@ -200,6 +226,7 @@ class StreamedModule(pl.LightningModule):
             check_weights(self, checkpoint.get("state_dict", {}), "the checkpoint")
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
+        self._resumed = True
         saved = checkpoint.get(CHECKPOINT_KEY)
         if not saved or not saved["ranks"]:
             rank_zero_warn("the checkpoint holds no slots; they start afresh, and the data from the first sequence")
@@ -210,14 +237,13 @@ class StreamedModule(pl.LightningModule):
                 f"{self.trainer.world_size}; resume with {saved['world_size']}, or start a new run from its weights "
                 "with `--model.init_args.init_from CHECKPOINT` (MaskedDiffusion(init_from=...)) and without --ckpt_path"
             )
-        self._snapshots = saved
+        self._snapshots = saved["ranks"]
 
-    def _restore_stream(self, saved: dict[str, Any]) -> None:
-        state = saved["ranks"][self.global_rank]
-        self.stream.restore(state["stream"])
+    def _restore_gradients(self) -> None:
+        gradients = self._snapshots[self.global_rank]["gradients"] if self._snapshots else None
         for name, parameter in self.named_parameters():
-            if state["gradients"] and name in state["gradients"]:
-                parameter.grad = state["gradients"][name].to(parameter)
+            if gradients and name in gradients:
+                parameter.grad = gradients[name].to(parameter)
 
     def load_weights(self, path: str) -> None:
         """Take the weights of a checkpoint, and nothing else of it.

@@ -12,6 +12,7 @@ from puma_lightning.modules.base import StreamedModule
 from puma_lightning.optim import WarmupCosine
 from puma_lightning.sampling import Sample, Sampler
 from puma_lightning.stream import derived_seed
+from puma_lightning.unmasking import exclude_token
 
 
 class MaskedDiffusion(StreamedModule):
@@ -53,8 +54,7 @@ class MaskedDiffusion(StreamedModule):
             Logits aligned with positions, (B, L, V); -inf for the mask token.
         """
         logits: Tensor = self.backbone(xt)
-        is_mask = torch.arange(logits.shape[-1], device=logits.device) == self.mask_id
-        return logits.masked_fill(is_mask, float("-inf"))
+        return exclude_token(logits, self.mask_id)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass gives the loss and moves the chains."""
@@ -82,7 +82,10 @@ class MaskedDiffusion(StreamedModule):
                     f"policy {policy!r} must return scores (B, L) = {tuple(xt.shape)}, got {tuple(scores.shape)}"
                 )
             if scores.isnan().any() and not logits.isnan().any():
-                raise ValueError(f"policy {policy!r} returned NaN for finite logits; scores must be numbers")
+                raise ValueError(
+                    f"policy {policy!r} returned NaN where the logits have none (the mask token's is -inf); "
+                    "scores must be numbers"
+                )
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The per-token NELBO in nats: n stratified over the batch, the same masks at every validation."""

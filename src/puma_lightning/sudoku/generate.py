@@ -154,7 +154,7 @@ def generate(order: int, count: int, clues: Clues | None = None, seed: int = 0, 
     parts: list[Boards] = []
     seen: NDArray[np.uint64] = np.zeros(0, np.uint64)
     tried, last_success = 0, 0
-    with tqdm(total=count, desc=f"Making {order}x{order} Sudokus", unit="", disable=not progress) as bar:
+    with tqdm(total=count, desc=f"Making {order}x{order} Sudokus", unit="", disable=not progress, delay=2) as bar:
         while len(seen) < count:
             if tried - last_success >= _PATIENCE:
                 raise ValueError(
