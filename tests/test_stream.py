@@ -388,7 +388,7 @@ class Broken(Rows):
         ({"input_ids": torch.tensor([1, 2, 11, 3, 4, 5])}, r"0\.\.10 .* got 11 at row 1, position 2"),
         ({"input_ids": torch.tensor([1, -1, 1, 3, 4, 5])}, "got -1 at row 1, position 1"),
         ({"prompt_mask": torch.ones(LENGTH, dtype=torch.bool)}, "prompt covers the whole sequence in row 1"),
-        ({"prompt_mask": torch.arange(LENGTH) < 4}, r"num_stages \(K\) is 3, but row 1 .* answer of only 2"),
+        ({"prompt_mask": torch.arange(LENGTH) < 4}, r"at least 3 positions, row 1 .* one of 2; num_stages \(K\)"),
         ({"input_ids": torch.ones(LENGTH + 1).long()}, "same length"),
     ],
     ids=["mask in the data", "outside", "negative", "all prompt", "short answer", "another length"],

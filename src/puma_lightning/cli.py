@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import puma_lightning
@@ -38,14 +38,26 @@ class PumaCLI(LightningCLI):
         if path and path not in SPECIAL_CHECKPOINTS and not str(path).startswith("registry"):
             load_checkpoint(path)
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+    def instantiate_classes(self) -> None:
+        """Report an impossible value as the command line reports an unknown key: in a sentence, not a traceback."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            self.parser.error(str(cause))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the step progress bar and, for ``predict``, the writer, unless the config brings its own."""
+        config = self._get(self.config_init, "trainer", default={})
         given = config.get("callbacks") or []
-        given = given if isinstance(given, list) else [given]
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
+        callbacks = list(given) if isinstance(given, list) else [given]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(StepProgressBar())
-        if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in given):
+        if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
             callbacks.append(PredictionWriter())
-        trainer = super()._instantiate_trainer(config, callbacks)
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         for logger in trainer.loggers:
             # All loggers settle on a version before the first of them makes its folder.
             _ = logger.version

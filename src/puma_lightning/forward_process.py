@@ -10,6 +10,7 @@ from puma_lightning.schedule import StepSchedule
 from puma_lightning.unmasking import (
     Confidence,
     PolicyLike,
+    check_policy,
     reveal,
     reveal_at_random,
     stage_of,
@@ -137,10 +138,8 @@ class ProgressiveUnmasking(ForwardProcess):
     ) -> None:
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1] or null, got {threshold}")
-        if not callable(policy):
-            raise ValueError(f"policy must be a Policy or a callable (logits, xt) -> scores, got {policy!r}")
         self.schedule = StepSchedule("num_stages", num_stages)
-        self.policy = policy
+        self.policy = check_policy(policy)
         self.threshold = threshold
 
     def num_stages_at(self, step: int) -> int:

@@ -11,27 +11,29 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from puma_lightning.sudoku.board import board_of_length, geometry
+from puma_lightning.sudoku.board import geometry
 
 Panel = tuple[Tensor, Tensor, Tensor]
+Grid = tuple[int, int, int, int, int]
 COLORMAP = colormaps["viridis_r"]
 
 
-def draw_reveal_order(panels: Sequence[Sequence[Panel]], titles: Sequence[str]) -> Figure:
+def draw_reveal_order(panels: Sequence[Sequence[Panel]], titles: Sequence[str], order: int | None = None) -> Figure:
     """Draw when each position of some sequences was revealed: one row a sequence, one column a title.
 
-    Sudoku boards, recognised by their length, are drawn as boards, anything else as a strip. Given positions are
+    Sequences are drawn as strips, Sudoku boards as boards. Given positions are
     grey, the others coloured from early (light) to late (dark); tokens unlike the target are crossed out in red.
 
     Args:
         panels: For each row and column ``(tokens, reveal_step, target)``, each (L,); reveal_step is -1 where given.
         titles: One for each column.
+        order: Digits of the Sudoku boards that the sequences end in; null for a strip.
 
     Returns:
         The figure.
     """
     length = len(panels[0][0][0])
-    rows, columns, *_ = _grid(length)
+    rows, columns, *_ = grid = _grid(length, order)
     size = (2.4, 2.4) if rows > 1 else (max(3.0, 0.22 * columns), 0.8)
     figure = Figure(figsize=(size[0] * len(titles) + 1.0, size[1] * len(panels) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
@@ -39,7 +41,7 @@ def draw_reveal_order(panels: Sequence[Sequence[Panel]], titles: Sequence[str]) 
     scale = Normalize(0, last)
     for line, row in zip(axes, panels, strict=True):
         for axis, panel in zip(line, row, strict=True):
-            _draw_panel(axis, panel, scale)
+            _draw_panel(axis, panel, scale, grid)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
     bar = figure.colorbar(ScalarMappable(scale, COLORMAP), ax=list(axes.flat), shrink=0.8, pad=0.02)
@@ -49,19 +51,17 @@ def draw_reveal_order(panels: Sequence[Sequence[Panel]], titles: Sequence[str]) 
     return figure
 
 
-def _grid(length: int) -> tuple[int, int, int, int, int]:
+def _grid(length: int, order: int | None) -> Grid:
     """Rows, columns, box height, box width and first position of the part to draw."""
-    try:
-        order, _ = board_of_length(length)
-    except ValueError:
+    if order is None:
         return 1, length, 1, length, 0
     shape = geometry(order)
-    return order, order, shape.box_rows, shape.box_cols, length - order * order
+    return order, order, shape.box_rows, shape.box_cols, length - shape.cells
 
 
-def _draw_panel(axis: Axes, panel: Panel, scale: Normalize) -> None:
+def _draw_panel(axis: Axes, panel: Panel, scale: Normalize, grid: Grid) -> None:
     tokens, reveal_step, target = (tensor.tolist() for tensor in panel)
-    rows, columns, box_rows, box_columns, first = _grid(len(tokens))
+    rows, columns, box_rows, box_columns, first = grid
     for cell in range(rows * columns):
         row, column = divmod(cell, columns)
         token, step, right = tokens[first + cell], reveal_step[first + cell], target[first + cell]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puma_lightning.unmasking import Confidence, PolicyLike, exclude_token, policy_name, reveal
+from puma_lightning.unmasking import Confidence, PolicyLike, check_policy, exclude_token, policy_name, reveal
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Sampler:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-        self.policy = policy
+        self.policy = check_policy(policy)
         self.tokens_per_step = tokens_per_step or 1
         self.num_steps = num_steps
         self.threshold = threshold

@@ -18,10 +18,10 @@ class StepSchedule:
 
     def __init__(self, name: str, value: int | Sequence[Sequence[int]]) -> None:
         try:
-            pairs = [(0, value)] if isinstance(value, int) else [(int(step), int(number)) for step, number in value]
+            pairs = [(0, value)] if isinstance(value, int) else [(step, number) for step, number in value]
         except (TypeError, ValueError):
             pairs = []
-        if not pairs:
+        if not pairs or any(type(number) is not int for pair in pairs for number in pair):
             raise ValueError(f"{name} must be an integer or [step, value] pairs, got {value}")
         self.steps: list[int] = [step for step, _ in pairs]
         self.values: list[int] = [number for _, number in pairs]

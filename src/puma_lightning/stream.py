@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from puma_lightning.data.base import Batch, check_batch
 from puma_lightning.forward_process import ForwardProcess, Slots
@@ -217,12 +217,13 @@ class CleanSequences:
         self._sampler: Any = loader.sampler
         if loader.batch_size is None and not self._iterable:
             # Under a batch sampler, loader.sampler is a default that PyTorch never reads.
-            self._sampler = getattr(loader.batch_sampler, "sampler", None)
-            if self._sampler is None:
+            if type(loader.batch_sampler) is not BatchSampler:
                 raise ValueError(
-                    f"{type(loader.batch_sampler).__name__} has no sampler to take an order from; give the training "
-                    "DataLoader a sampler and a batch_size instead"
+                    "expected a training DataLoader with a batch_size, got one with "
+                    f"{type(loader.batch_sampler).__name__}; sequences enter the slots one by one, so give it a "
+                    "sampler and a batch_size instead"
                 )
+            self._sampler = loader.batch_sampler.sampler
         try:
             self.num_sequences = len(loader.dataset if self._iterable else self._sampler)  # type: ignore[arg-type]
         except TypeError:
@@ -279,7 +280,11 @@ class CleanSequences:
             if "equal size" not in str(error):
                 raise
             raise ValueError(f"sequences must all have the same length: {error}") from error
-        return check_batch(batch, **self._limits)
+        try:
+            return check_batch(batch, **self._limits)
+        except ValueError as error:
+            first = self.position + (0 if self._rest is None else len(self._rest["input_ids"]))
+            raise ValueError(f"{error} (batch after {first} training sequences of process {self.rank})") from None
 
     def _read(self, position: int) -> Iterator[Any]:
         """Collated batches of this rank's sequences from a position on, without end."""
@@ -313,6 +318,7 @@ class CleanSequences:
         while True:
             empty = True
             for batch in loader:
+                batch = check_batch(batch, **self._limits)
                 empty = False
                 rows = torch.arange(index, index + len(batch["input_ids"]))
                 index += len(rows)
@@ -352,4 +358,6 @@ class _EndlessOrder(Sampler[int]):
             self.sampler.set_epoch(number)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(self.seed, number))
+            if getattr(self.sampler, "generator", None) is not None:
+                self.sampler.generator.manual_seed(derived_seed(self.seed, number))
             return torch.tensor(list(self.sampler))

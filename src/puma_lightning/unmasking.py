@@ -97,6 +97,19 @@ def exclude_token(logits: Tensor, token: int) -> Tensor:
     return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == token, float("-inf"))
 
 
+def check_policy(policy: PolicyLike) -> PolicyLike:
+    """Return the policy.
+
+    Raises:
+        ValueError: If it is not an instance or a function that can be called with (logits, xt).
+    """
+    if isinstance(policy, type) or not callable(policy):
+        raise ValueError(
+            f"policy must be an instance such as Confidence(), or a function (logits, xt) -> scores, got {policy!r}"
+        )
+    return policy
+
+
 def policy_name(policy: PolicyLike) -> str:
     """A short lower-case name for logs: ``confidence``, or the name of the user's own callable."""
     return str(getattr(policy, "__name__", type(policy).__name__)).lower()
@@ -125,8 +138,15 @@ def reveal(
 
     Returns:
         The new xt, (B, L) int64.
+
+    Raises:
+        ValueError: If the scores have another shape, or (looked for on the CPU only) are NaN where xt is masked.
     """
     masked = xt == mask_id
+    if scores.shape != xt.shape:
+        raise ValueError(f"a policy must return scores (B, L) = {tuple(xt.shape)}, got {tuple(scores.shape)}")
+    if scores.device.type == "cpu" and (scores.isnan() & masked).any():
+        raise ValueError("a policy returned NaN for a masked position; scores must be numbers")
     # Positions that are not masked come last, behind a masked position scored -inf as well.
     scores = scores.float().clamp_min(torch.finfo(torch.float).min).masked_fill(~masked, float("-inf"))
     shuffle = torch.rand(xt.shape, device=xt.device, generator=generator).argsort(dim=1)

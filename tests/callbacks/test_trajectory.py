@@ -17,8 +17,9 @@ def watch(callback, tmp_path, step, length=36):
     )
     module = MaskedDiffusion(backbone, 7, RandomMasking())
     trainer = SimpleNamespace(
-        sanity_checking=False, is_global_zero=True, global_step=step, log_dir=str(tmp_path), loggers=[]
-    )
+        sanity_checking=False, is_global_zero=True, global_step=step, log_dir=str(tmp_path), loggers=[],
+        fast_dev_run=False, datamodule=SimpleNamespace(order=6),
+    )  # fmt: skip
     batch = {"input_ids": torch.randint(1, 7, (3, length)), "prompt_mask": torch.rand(3, length) < 0.4}
     callback.on_validation_batch_end(trainer, module, None, batch, 0)
     callback.on_validation_batch_end(trainer, module, None, batch, 1)  # another batch changes nothing
@@ -49,13 +50,13 @@ def test_a_resumed_run_goes_on_with_the_picture(tmp_path):
     assert [past["step"] for past in resumed.history] == [10, 20, 30]
 
 
-@pytest.mark.parametrize("length", [10, 16, 72])
-def test_anything_that_is_not_a_board_is_a_strip(length):
+@pytest.mark.parametrize(("length", "order", "cells"), [(16, None, 16), (16, 4, 16), (32, None, 32), (72, 6, 36)])
+def test_boards_are_drawn_as_boards_and_anything_else_as_a_strip(length, order, cells):
     tokens = torch.ones(length, dtype=torch.long)
-    order = torch.arange(length) - 1
-    figure = draw_reveal_order([[(tokens, order, tokens)]], ["title"])
-    shown = len(figure.axes[0].texts)
-    assert shown == {10: 10, 16: 16, 72: 36}[length]
+    figure = draw_reveal_order([[(tokens, torch.arange(length) - 1, tokens)]], ["title"], order)
+    board = figure.axes[0]
+    assert len(board.texts) == cells
+    assert bool(board.get_ylim()[0] > 2) is (order is not None)
 
 
 def test_wrong_tokens_are_crossed_out():

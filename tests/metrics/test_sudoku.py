@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from puma_lightning.data.sudoku import SudokuDataset
 from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved, solved_grids
@@ -19,7 +20,7 @@ boards_for = st.tuples(st.sampled_from(ORDERS), st.sampled_from(LAYOUTS))
 @cache
 def batch(order: int, layout: str) -> tuple[Tensor, Tensor]:
     """Twelve boards as (input_ids, prompt_mask)."""
-    items = SudokuDataset(generate(order, 12), layout).__getitems__(list(range(12)))  # type: ignore[arg-type]
+    items = default_collate(SudokuDataset(generate(order, 12), layout).__getitems__(list(range(12))))
     return items["input_ids"], items["prompt_mask"]
 
 

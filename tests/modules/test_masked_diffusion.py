@@ -412,8 +412,8 @@ def test_there_must_be_a_sequence_for_every_slot():
 
 def test_bad_data_are_refused():
     """A short answer, a mask token in the data, something else than a DataLoader."""
-    refused(model(ProgressiveUnmasking(7)), r"num_stages \(K\) is 7")
-    refused(model(ProgressiveUnmasking([(0, 2), (1000, 7)])), r"num_stages \(K\) is 7")
+    refused(model(ProgressiveUnmasking(7)), r"at least 7 positions, .* one of 6; num_stages \(K\)")
+    refused(model(ProgressiveUnmasking([(0, 2), (1000, 7)])), r"at least 7 positions, .* one of 6; num_stages \(K\)")
     rows = Rows()
     rows.x0[:] = MASK
     refused(model(), "mask token", loader(rows))

@@ -29,6 +29,8 @@ class GenerationEvaluation(Callback):
     def __init__(self, metrics: dict[str, Metric], samplers: list[Sampler], num_examples: int | None = None) -> None:
         if not metrics or not samplers:
             raise ValueError("GenerationEvaluation needs at least one metric and one sampler")
+        if reserved := {"nfe", "examples"} & set(metrics):
+            raise ValueError(f"a metric cannot be called {reserved.pop()!r}: GenerationEvaluation counts that itself")
         names = [sampler.name for sampler in samplers]
         if len(set(names)) < len(names):
             raise ValueError(f"samplers must differ in name, got {names}")

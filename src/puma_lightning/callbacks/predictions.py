@@ -1,6 +1,7 @@
 """Predictions as JSON lines."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 class PredictionWriter(BasePredictionWriter):
     """Writes one JSON object a sequence, in the order of the data set.
 
-    Keys: ``index``, ``tokens``, ``reveal_step``, ``nfe`` and, where the DataModule has ``decode(tokens) -> str``,
-    ``text``. Every rank writes a part, and rank 0 joins them.
+    Keys: ``index``, ``tokens``, ``reveal_step``, ``nfe``; ``dataloader`` where there are several; ``text`` where the
+    DataModule has ``decode(tokens) -> str``. Every rank writes a part, and rank 0 joins them.
 
     Args:
         path: The file; null for ``predictions.jsonl`` in the log directory.
@@ -23,6 +24,7 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.path = path
         self.output: Path | None = None
+        self._rows: Counter[int] = Counter()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open this rank's part."""
@@ -30,6 +32,7 @@ class PredictionWriter(BasePredictionWriter):
         self.output = Path(trainer.strategy.broadcast(self.path or str(Path(folder) / "predictions.jsonl")))
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self._part(trainer.global_rank).write_text("")
+        self._rows.clear()
 
     def _part(self, rank: int) -> Path:
         assert self.output is not None
@@ -49,11 +52,15 @@ class PredictionWriter(BasePredictionWriter):
         decode = getattr(trainer.datamodule, "decode", None)  # type: ignore[attr-defined]
         columns = {name: tensor.tolist() for name, tensor in prediction.items()}
         size = len(next(iter(columns.values())))
-        start = batch_idx * size
+        several = isinstance(trainer.predict_dataloaders, list | tuple) and len(trainer.predict_dataloaders) > 1
         with self._part(trainer.global_rank).open("a") as part:
             for row in range(size):
-                index = batch_indices[row] if batch_indices else start + row
+                # An iterable data set has no indices: count.
+                index = batch_indices[row] if batch_indices else self._rows[dataloader_idx]
+                self._rows[dataloader_idx] += 1
                 record = {"index": index, **{name: column[row] for name, column in columns.items()}}
+                if several:
+                    record = {"dataloader": dataloader_idx, **record}
                 if decode is not None:
                     record["text"] = decode(prediction["tokens"][row])
                 part.write(json.dumps(record) + "\n")
@@ -65,8 +72,8 @@ class PredictionWriter(BasePredictionWriter):
             return
         assert self.output is not None
         parts = [self._part(rank) for rank in range(trainer.world_size)]
-        lines = [line for part in parts for line in part.read_text().splitlines()]
-        lines.sort(key=lambda line: json.loads(line)["index"])
-        self.output.write_text("".join(line + "\n" for line in lines))
+        records = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+        records.sort(key=lambda record: (record.get("dataloader", 0), record["index"]))
+        self.output.write_text("".join(json.dumps(record) + "\n" for record in records))
         for part in parts:
             part.unlink()

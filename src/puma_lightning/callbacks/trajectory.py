@@ -71,9 +71,9 @@ class UnmaskingTrajectory(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what has been seen so far."""
         folder = trainer.log_dir  # asks all ranks, so it must not be left to rank 0
-        if not self.history or trainer.sanity_checking or folder is None:
+        if not self.history or trainer.sanity_checking or folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        figure = self.draw()
+        figure = self.draw(getattr(trainer.datamodule, "order", None))  # type: ignore[attr-defined]
         self.path = Path(folder) / "unmasking_order.png"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.path, dpi=150)
@@ -81,8 +81,8 @@ class UnmaskingTrajectory(Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("unmasking_order", figure, trainer.global_step)
 
-    def draw(self) -> Figure:
-        """The picture of the validations seen so far."""
+    def draw(self, order: int | None = None) -> Figure:
+        """The picture of the validations seen so far; of Sudoku boards if their order is given."""
         last = len(self.history) - 1
         picked = torch.linspace(0, last, min(self.max_columns, last + 1)).round().long().tolist()
         columns = [self.history[index] for index in picked]
@@ -91,7 +91,7 @@ class UnmaskingTrajectory(Callback):
             [(column["tokens"][row], column["reveal_step"][row], column["target"][row]) for column in columns]
             for row in range(rows)
         ]
-        return draw_reveal_order(panels, [f"step {column['step']:,}" for column in columns])
+        return draw_reveal_order(panels, [f"step {column['step']:,}" for column in columns], order)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen, so that a resumed run goes on with the same picture."""

@@ -13,7 +13,8 @@ def check_batch(batch: Any, *, mask_id: int, vocab_size: int, min_answer_length:
     """Check a batch ``{"input_ids": (B, L), "prompt_mask": (B, L)}`` from any DataModule.
 
     Args:
-        batch: What a DataLoader returned. Without a ``prompt_mask`` nothing is given.
+        batch: What a DataLoader returned. Without a ``prompt_mask`` nothing is given; where the answer may hold
+            mask tokens, everything else is.
         mask_id: The mask token.
         vocab_size: V; token ids must be in 0..V-1.
         min_answer_length: The shortest answer allowed, in positions; 0 lets a prompt cover everything.
@@ -40,7 +41,7 @@ def check_batch(batch: Any, *, mask_id: int, vocab_size: int, min_answer_length:
     input_ids = input_ids.long()
     prompt_mask = batch.get("prompt_mask")
     if prompt_mask is None:
-        prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool) if clean else input_ids != mask_id
     if prompt_mask.shape != input_ids.shape:
         raise ValueError(
             f"prompt_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(prompt_mask.shape)}"
@@ -70,7 +71,8 @@ def check_batch(batch: Any, *, mask_id: int, vocab_size: int, min_answer_length:
         )
     if shortest < min_answer_length:
         raise ValueError(
-            f"num_stages (K) is {min_answer_length}, but row {int(answer_length.argmin())} of a batch has an "
-            f"answer of only {shortest} positions; K must not be greater than the answer length"
+            f"the forward process needs answers of at least {min_answer_length} positions, row "
+            f"{int(answer_length.argmin())} of a batch has one of {shortest}; num_stages (K) must not be greater than "
+            "the answer length"
         )
     return {"input_ids": input_ids, "prompt_mask": prompt_mask}

@@ -1,6 +1,8 @@
 """What every training run here has in common: the stream, exact resume, optimizer, a stop at a non-finite loss."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,8 @@ class StreamedModule(pl.LightningModule):
         self.init_from = init_from
         self._snapshots: list[dict[str, Any]] | None = None
         self._resumed = False
+        self._initialised = False
+        self._backward_at = -1
         self._all_finite: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,6 +97,7 @@ class StreamedModule(pl.LightningModule):
                 )
         # It is: the stream's state is in this module's part of the checkpoint.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        # Private, as of lightning 2.6: the one handle on loaders however they were given.
         source = self.trainer.fit_loop._data_source
         self.trainer.fit_loop._data_source = _StreamSource(
             source.instance, source.name, partial(self._build_stream, seed=self._shared_seed())
@@ -148,22 +153,30 @@ class StreamedModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Start from the weights of ``init_from``, unless the run is a resumed one."""
-        if self.init_from is not None and not self._resumed:
+        if self.init_from is not None and not self._resumed and not self._initialised:
             self.load_weights(self.init_from)
+        self._initialised = True
 
     def on_train_start(self) -> None:
         """Try the first batch before any step is taken, so that bad input is refused at once."""
         self._all_finite = None
         batch = self.stream.peek()
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+        with torch.no_grad(), self.in_eval_mode(), self.trainer.precision_plugin.forward_context():
             self.preflight(batch)
-        for module, mode in modes:
-            module.training = mode
         # Only now: Lightning clears all gradients while it sets up.
         self._restore_gradients()
         self._snapshots = None
+
+    @contextmanager
+    def in_eval_mode(self) -> Iterator[None]:
+        """Turn off dropout and the like, then put every submodule back into the mode it was in."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     def teardown(self, stage: str) -> None:
         """Let the loader's worker processes end."""
@@ -177,6 +190,10 @@ class StreamedModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tie dropout, and whatever else draws from the global generators, to (seed, rank, step)."""
         torch.manual_seed(derived_seed(self.stream.seed, self.global_rank, self.stream.step))
+
+    def on_after_backward(self) -> None:
+        """Remember whose gradients there are, for checkpoints saved before the step ends."""
+        self._backward_at = self.stream.step
 
     # Exact resume -------------------------------------------------------------------------------------------
 
@@ -192,6 +209,8 @@ class StreamedModule(pl.LightningModule):
             "gradients": self._partial_gradients(in_flight),
         }
         state["finite"] = self._all_finite is None or bool(self._all_finite)
+        if not state["finite"]:
+            self._stop_at_non_finite()
         states: list[Any] = [state]
         if trainer.world_size > 1:
             if trainer.state.status == "interrupted":
@@ -211,8 +230,13 @@ class StreamedModule(pl.LightningModule):
         if in_flight:
             partial_window = (loop.epoch_loop.batch_progress.current.ready - 1) % self.trainer.accumulate_grad_batches
         else:
-            partial_window = self.trainer.training and loop._should_accumulate()
-        if partial_window:
+            partial_window = loop._should_accumulate()
+        if in_flight and partial_window and self._backward_at == self.stream.step:
+            rank_zero_warn(
+                "saved between a backward pass and the end of its step: the gradients of this accumulation window are "
+                "not in the checkpoint, and a resumed run will differ"
+            )
+        elif partial_window:
             return {n: p.grad.cpu() for n, p in self.named_parameters() if p.grad is not None}
         return None
 
@@ -268,7 +292,8 @@ class StreamedModule(pl.LightningModule):
         """
         finite = loss.detach().isfinite()
         self._all_finite = finite if self._all_finite is None else self._all_finite & finite
-        due = loss.device.type == "cpu" or self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = loss.device.type == "cpu" or (every and self.global_step % every == 0)
         if due and not self._all_finite:
             self._stop_at_non_finite()
 
@@ -289,7 +314,7 @@ class StreamedModule(pl.LightningModule):
             steps = self.trainer.estimated_stepping_batches
             if steps == float("inf"):
                 raise ValueError("WarmupCosine needs a run of known length: set max_steps, max_epochs or total_steps")
-            scheduler.total_steps = int(steps)
+            scheduler.set_total_steps(int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -326,8 +351,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        cause = "damaged" if is_zipfile(path) else "truncated, or not a checkpoint at all"
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is {cause} ({error})") from error
+        whole = is_zipfile(path)
+        cause = "damaged, or holds more than tensors and plain types" if whole else "truncated, or no checkpoint at all"
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is {cause}\n({error})") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
     return checkpoint

@@ -28,7 +28,7 @@ class MaskedDiffusion(StreamedModule):
         init_from: Checkpoint to take the weights from at the start of training (not a resume).
 
     Raises:
-        ValueError: If the backbone has no ``vocab_size``, or ``mask_id`` is outside it.
+        ValueError: If the backbone has no ``vocab_size`` or is causal, or ``mask_id`` is outside the vocabulary.
     """
 
     def __init__(
@@ -42,7 +42,18 @@ class MaskedDiffusion(StreamedModule):
         init_from: str | None = None,
     ) -> None:
         super().__init__(backbone, forward_process, mask_id, optimizer, scheduler, init_from)
+        if getattr(backbone, "causal", False):
+            raise ValueError(
+                "a causal backbone predicts the next position from earlier ones; MaskedDiffusion needs one that sees "
+                "all positions (causal=False)"
+            )
         self.sampler = sampler
+        self._sampling_seed = 0
+
+    def setup(self, stage: str) -> None:
+        """Predictions follow the run's seed; evaluation draws the same numbers every time."""
+        super().setup(stage)
+        self._sampling_seed = self._shared_seed() if stage == "predict" else 0
 
     def forward(self, xt: Tensor) -> Tensor:
         """Predict every position, never as the mask token.
@@ -74,8 +85,10 @@ class MaskedDiffusion(StreamedModule):
             raise ValueError(
                 f"the backbone must return logits (B, L, V) = {(*xt.shape, self.vocab_size)}, got {tuple(logits.shape)}"
             )
-        policies = [getattr(part, "policy", None) for part in (self.forward_process, self.sampler)]
-        for policy in filter(None, policies):
+        parts = [self.forward_process, self.sampler]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            parts += getattr(callback, "samplers", [getattr(callback, "sampler", None)])
+        for policy in [part.policy for part in parts if hasattr(part, "policy")]:
             scores = policy(logits, xt)
             if scores.shape != xt.shape:
                 raise ValueError(
@@ -148,11 +161,12 @@ class MaskedDiffusion(StreamedModule):
             The completed sequences.
         """
         xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
-        return (sampler or self.sampler)(self, xt, self.mask_id, generator)
+        with self.in_eval_mode():
+            return (sampler or self.sampler)(self, xt, self.mask_id, generator)
 
     def evaluation_generator(self, *keys: int) -> torch.Generator:
-        """Evaluation draws the same numbers every time, and leaves the generators of training alone."""
-        seed = derived_seed(self.global_rank, *keys)
+        """A generator that leaves those of training alone: the same numbers every time for the same keys."""
+        seed = derived_seed(self._sampling_seed, self.global_rank, *keys)
         return torch.Generator(self.device).manual_seed(seed)
 
 
