@@ -83,3 +83,19 @@ def test_bad_arguments_are_refused_by_name(bad):
     ((name, value),) = bad.items()
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         WarmupCosine(optimizer(1.0), **bad)
+
+
+def test_without_a_warm_up_given_it_is_a_tenth_of_a_short_run():
+    """At most 1000 steps; the first step already uses the rate for the real length."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = WarmupCosine(optimizer)
+    schedule.set_total_steps(50)
+    rates = []
+    for _ in range(50):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(1 / 6)
+    assert max(range(50), key=rates.__getitem__) == 5
+    assert rates[-1] < 0.01

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from puma_lightning.forward_process import ProgressiveUnmasking
+from puma_lightning.sampling import Sampler
 from puma_lightning.unmasking import (
     Confidence,
     Entropy,
@@ -268,3 +270,19 @@ def test_stage_of_is_the_right_closed_bucket(num_stages, length):
 def test_stage_of_takes_each_rows_own_length():
     """Three revealed of 5 are further along than three of 12."""
     assert stage_of(torch.tensor([3, 3]), 4, torch.tensor([5, 12])).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("policy", [Confidence, "Confidence", None])
+def test_a_policy_must_be_an_instance_or_a_function(policy):
+    for owner in (ProgressiveUnmasking, Sampler):
+        with pytest.raises(ValueError, match="policy must be an instance"):
+            owner(policy=policy)
+
+
+def test_scores_of_another_shape_or_without_a_value_are_refused():
+    xt, one = torch.tensor([[5, 5, 1]]), torch.ones(1, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"\(1, 3\), got \(3,\)"):
+        reveal(xt, xt, torch.zeros(3), one, 5)
+    with pytest.raises(ValueError, match="NaN"):
+        reveal(xt, xt, torch.tensor([[0.0, float("nan"), 0.0]]), one, 5)
+    reveal(xt, xt, torch.tensor([[0.0, 0.0, float("nan")]]), one, 5)  # not masked, so nobody reads it

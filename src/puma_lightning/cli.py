@@ -11,7 +11,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import puma_lightning
 from puma_lightning.callbacks import GenerationEvaluation, PredictionWriter, StepProgressBar, UnmaskingTrajectory
-from puma_lightning.modules.base import StreamedModule, latest_checkpoint, load_checkpoint
+from puma_lightning.modules.base import StreamedModule, load_checkpoint
 
 # Lightning's own command line calls these; its users can do nothing about it.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -75,9 +75,8 @@ class PumaCLI(LightningCLI):
                 lines += [f"  {line}" for line in callback.summary]
         places: dict[str, str | Path | None] = {"logs": folder}
         for checkpoint in trainer.checkpoint_callbacks:
-            if getattr(checkpoint, "monitor", None):
-                places["best checkpoint"] = checkpoint.best_model_path  # type: ignore[attr-defined]
-        places["last checkpoint"] = latest_checkpoint(trainer)
+            name = "best checkpoint" if getattr(checkpoint, "monitor", None) else "last checkpoint"
+            places[name] = getattr(checkpoint, "best_model_path", None)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, UnmaskingTrajectory) and callback.path is not None:
                 places["unmasking order"] = callback.path

@@ -176,9 +176,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, options):
         assert_goes_on(full, resumed, point)
 
 
-@pytest.mark.parametrize("interval", [None, 4])
+@pytest.mark.parametrize("interval", [None, 4, 3])
 def test_a_checkpoint_of_the_best_validation_resumes(tmp_path, interval):
-    """Saved at validation's end, inside an epoch and at its end, while EMA weights are swapped in and out."""
+    """Saved at validation's end, inside an epoch or an accumulation window or at an end, EMA weights swapped."""
 
     def saver(name: str) -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path / name, filename="{step}", monitor="val/loss", save_top_k=-1)
@@ -292,6 +292,18 @@ def test_a_resume_does_not_go_back_to_init_from(tmp_path):
     options = {"init_from": str(tmp_path / "batch5.ckpt")}
     full = run(tmp_path, save_at=(7,), **options)
     assert_goes_on(full, run(tmp_path, tmp_path / "batch7.ckpt", **options), 7)
+
+
+def test_a_second_fit_does_not_go_back_to_init_from(tmp_path):
+    """Training a little more goes on from where the first fit left the module."""
+    run(tmp_path, save_at=(5,), max_steps=3)
+    _, trained, trainer = run(tmp_path, init_from=str(tmp_path / "batch5.ckpt"), max_steps=4)
+    start = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedDiffusion, "preflight", lambda self, batch: start.update(copy_of(self)))
+        again = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+        again.fit(trainer.lightning_module, DataLoader(Rows(), batch_size=4))
+    assert all(torch.equal(value, trained[name]) for name, value in start.items())
 
 
 def copy_of(module: nn.Module) -> dict[str, Tensor]:
@@ -413,3 +425,18 @@ def test_a_checkpoint_saved_on_an_exception_goes_on_too(tmp_path, accumulate):
     (path,) = tmp_path.glob("*.ckpt")
     rest = run(tmp_path, path, accumulate=accumulate)[0]
     assert [*rest.losses.values()] == [*full[0].losses.values()][9:]
+
+
+class FailAfterBackward(pl.Callback):
+    def on_after_backward(self, trainer, pl_module) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == 9:
+            raise RuntimeError("out of memory")
+
+
+def test_a_checkpoint_that_cannot_be_exact_says_so(tmp_path):
+    """After a backward pass inside a window, gradients hold a batch that will be trained on again."""
+    save = ModelCheckpoint(tmp_path, save_on_exception=True, every_n_train_steps=1000)
+    with pytest.raises(RuntimeError, match="out of memory"), pytest.warns(UserWarning, match="will differ"):
+        run(tmp_path, accumulate=2, callbacks=(save, FailAfterBackward()))
+    (path,) = tmp_path.glob("*.ckpt")
+    assert torch.load(path, weights_only=True)["puma_lightning"]["ranks"][0]["gradients"] is None

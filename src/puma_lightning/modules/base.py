@@ -191,8 +191,8 @@ class StreamedModule(pl.LightningModule):
         """Tie dropout, and whatever else draws from the global generators, to (seed, rank, step)."""
         torch.manual_seed(derived_seed(self.stream.seed, self.global_rank, self.stream.step))
 
-    def on_after_backward(self) -> None:
-        """Remember whose gradients there are, for checkpoints saved before the step ends."""
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Remember whose gradients there are from here on, for checkpoints saved before the step ends."""
         self._backward_at = self.stream.step
 
     # Exact resume -------------------------------------------------------------------------------------------
