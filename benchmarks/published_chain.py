@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from puma_lightning.forward_process import ProgressiveUnmasking, Slots
-from puma_lightning.stream import CleanSequences, Stream
+from puma_lightning.sequences import CleanSequences
+from puma_lightning.stream import Stream
 from puma_lightning.unmasking import Confidence, stage_of, target_count
 
 V = 11

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
-from puma_lightning.stream import CleanSequences, Stream, derived_seed
+from puma_lightning.sequences import CleanSequences, derived_seed
+from puma_lightning.stream import Stream
 
 V = 11
 MASK = 10

@@ -19,9 +19,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from puma_lightning.checkpoints import load_checkpoint
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
 from puma_lightning.modules import MaskedDiffusion
-from puma_lightning.modules.base import load_checkpoint
 from puma_lightning.optim import WarmupCosine
 
 V = 6

@@ -11,7 +11,7 @@ from puma_lightning.losses import masked_cross_entropy
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.optim import WarmupCosine
 from puma_lightning.sampling import Sample, Sampler
-from puma_lightning.stream import derived_seed
+from puma_lightning.sequences import derived_seed
 from puma_lightning.unmasking import exclude_token
 
 
