@@ -464,7 +464,7 @@ def test_an_iterable_data_set_needs_a_length():
         clean(DataLoader(Empty(), batch_size=4)).take(1)
 
 
-# --- found while writing these tests ---
+# --- loaders of other kinds, and seeds ---
 
 
 def test_a_batch_samplers_order_is_kept():

@@ -94,9 +94,8 @@ class Stream:
         slots = self.groups[group]
         if slots is None:
             slots = self._first_fill(group)
-        elif num_done := int(slots.done.sum()):
-            fresh = self._fresh(num_done, torch.zeros(num_done, dtype=torch.long), slots.num_stages)
-            rows = slots.done.nonzero().squeeze(1)
+        elif len(rows := slots.done.nonzero().squeeze(1)):
+            fresh = self._fresh(len(rows), torch.zeros(len(rows), dtype=torch.long), slots.num_stages)
             old, new = slots.tensors(), fresh.tensors()
             slots = replace(slots, **{name: old[name].index_copy(0, rows, new[name]) for name in old})
         self.groups[group] = slots
