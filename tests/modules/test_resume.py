@@ -380,7 +380,7 @@ def test_two_processes(tmp_path):
     run(tmp_path, init_from=str(tmp_path / "batch4.ckpt"), max_steps=1)
 
 
-# --- found while writing these tests ---
+# --- points that are easy to get wrong ---
 
 
 def test_resume_inside_an_accumulation_window_of_a_run_of_epochs(tmp_path):
