@@ -294,3 +294,17 @@ def test_a_sampler_has_a_name_for_logs():
     assert Sampler(Margin(), num_steps=8).name == "margin_steps8"
     assert Sampler(threshold=0.9, tokens_per_step=2).name == "confidence_2_tau0.9"
     assert Sampler(temperature=0.5, top_p=0.9).name == "confidence_1_T0.5_p0.9"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 0.5, 3.0])
+@pytest.mark.parametrize("top_p", [0.2, 1.0])
+@pytest.mark.parametrize("mask_id", [0, 3])
+def test_the_mask_is_never_drawn_even_where_nothing_else_has_a_probability(temperature, top_p, mask_id):
+    logits = torch.full((2, 50, 4), float("-inf"))
+    logits[..., mask_id] = 0.0
+    assert (draw(logits, mask_id, temperature, top_p, torch.Generator().manual_seed(0)) != mask_id).all()
+
+
+def test_an_infinite_temperature_is_refused():
+    with pytest.raises(ValueError, match="temperature must be at least 0 and finite"):
+        Sampler(temperature=float("inf"))

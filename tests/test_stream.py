@@ -491,3 +491,22 @@ def test_a_shuffling_iterable_data_set_is_the_same_on_all_ranks():
         for rank in (0, 1)
     ]
     assert sorted(held[0] + held[1]) == list(range(20))
+
+
+@pytest.mark.parametrize("iterable", [False, True])
+def test_a_faulty_sequence_late_in_the_data_is_placed(iterable):
+    """The message says how far this process had read."""
+    rows = [row(i) for i in range(12)]
+    rows[9] = {**rows[9], "input_ids": torch.full_like(rows[9]["input_ids"], MASK)}
+
+    class Iterable(IterableDataset):
+        def __iter__(self):
+            return iter(rows)
+
+        def __len__(self):
+            return len(rows)
+
+    supply = clean(DataLoader(Iterable() if iterable else rows, batch_size=4))
+    supply.take(8)
+    with pytest.raises(ValueError, match=r"mask token .* after 8 training sequences of process 0"):
+        supply.take(1)

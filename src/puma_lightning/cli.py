@@ -74,14 +74,14 @@ class PumaCLI(LightningCLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GenerationEvaluation):
                 lines += [f"  {line}" for line in callback.summary]
-        places: dict[str, str | Path | None] = {"logs": folder}
+        places: list[tuple[str, str | Path | None]] = [("logs", folder)]
         for checkpoint in trainer.checkpoint_callbacks:
             name = "best checkpoint" if getattr(checkpoint, "monitor", None) else "last checkpoint"
-            places[name] = getattr(checkpoint, "best_model_path", None)
+            places.append((name, getattr(checkpoint, "best_model_path", None)))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, UnmaskingTrajectory) and callback.path is not None:
-                places["unmasking order"] = callback.path
-        lines += [f"  {name:<20} {_relative(place)}" for name, place in places.items() if place]
+                places.append(("unmasking order", callback.path))
+        lines += [f"  {name:<20} {_relative(place)}" for name, place in places if place]
         print("\n".join(lines))
 
     @rank_zero_only

@@ -56,8 +56,8 @@ class Sampler:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1] or null, got {threshold}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         self.policy = check_policy(policy)
@@ -137,11 +137,11 @@ def draw(
     Returns:
         Tokens, (B, L) int64.
     """
+    logits = logits.float() / temperature if temperature else logits.float()
     # Finite, so that even where nothing else has a probability the mask token is the worst choice.
-    logits = exclude_token(logits.float().clamp_min(torch.finfo(torch.float).min), mask_id)
+    logits = exclude_token(logits.clamp_min(torch.finfo(torch.float).min), mask_id)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
     if top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         probability = ordered.softmax(-1)

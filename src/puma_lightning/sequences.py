@@ -126,18 +126,20 @@ class CleanSequences:
 
     def _next_batch(self) -> Batch:
         try:
-            batch = next(self._batches)
+            return next(self._batches)
         except RuntimeError as error:
             if "equal size" not in str(error):
                 raise
             raise ValueError(f"sequences must all have the same length: {error}") from error
-        try:
-            return check_batch(batch, **self._limits)
         except ValueError as error:
             first = self.position + (0 if self._rest is None else len(self._rest["input_ids"]))
-            raise ValueError(f"{error} (batch after {first} training sequences of process {self.rank})") from None
+            where = f"batch after {first} training sequences of process {self.rank}"
+            raise ValueError(f"{error} ({where})") from error
 
-    def _read(self, position: int) -> Iterator[Any]:
+    def _checked(self, batch: Any) -> Batch:
+        return check_batch(batch, **self._limits)
+
+    def _read(self, position: int) -> Iterator[Batch]:
         """Collated batches of this rank's sequences from a position on, without end."""
         old = self.loader
         options: dict[str, Any] = {
@@ -158,18 +160,17 @@ class CleanSequences:
                 self._sampler, self.seed, 0 if self._sharded else self.rank,
                 1 if self._sharded else self.world_size, position,
             )  # fmt: skip
-            return iter(DataLoader(old.dataset, sampler=order, **options))
+            return map(self._checked, DataLoader(old.dataset, sampler=order, **options))
         return self._read_iterable(options, position)
 
-    def _read_iterable(self, options: dict[str, Any], position: int) -> Iterator[Any]:
+    def _read_iterable(self, options: dict[str, Any], position: int) -> Iterator[Batch]:
         """Every rank reads the whole stream and keeps its share; a position is reached by reading up to it."""
         loader = DataLoader(self.loader.dataset, **options)
         index = 0
         skip = position * self.world_size
         while True:
             empty = True
-            for batch in loader:
-                batch = check_batch(batch, **self._limits)
+            for batch in map(self._checked, loader):
                 empty = False
                 rows = torch.arange(index, index + len(batch["input_ids"]))
                 index += len(rows)

@@ -366,7 +366,7 @@ def not_a_number(logits: Tensor, xt: Tensor) -> Tensor:
 
 def test_a_policy_of_another_shape_or_nan_is_refused():
     """By name, whether it trains or samples."""
-    refused(model(ProgressiveUnmasking(3, wrong_shape)), r"wrong_shape.*\(B, L\) = \(2, 8\), got \(2,\)")
+    refused(model(ProgressiveUnmasking(3, wrong_shape)), r"wrong_shape.*\(B, L\) = \(4, 8\), got \(4,\)")
     refused(model(ProgressiveUnmasking(3, not_a_number)), "not_a_number.*NaN")
     refused(model(sampler=Sampler(wrong_shape)), "wrong_shape")
 
@@ -382,7 +382,7 @@ def test_logits_of_another_shape_are_refused():
         def forward(self, xt: Tensor) -> Tensor:
             return torch.cat([super().forward(xt)] * 2, dim=-1)
 
-    refused(model(backbone=Pooled()), r"logits \(B, L, V\) = \(2, 8, 6\), got \(2, 6\)")
+    refused(model(backbone=Pooled()), r"logits \(B, L, V\) = \(4, 8, 6\), got \(4, 6\)")
     refused(model(backbone=Wide()), r"got \(2, 8, 12\)")
 
 
@@ -460,3 +460,31 @@ def test_a_nan_loss_without_a_checkpoint_says_so():
     """There is nothing to go on from."""
     with pytest.raises(ValueError, match=r"step 2; .*nothing was saved yet"):
         trainer().fit(model(backbone=TurnsBad(2)), loader())
+
+
+def test_the_gradient_is_clipped_by_the_trainer():
+    """gradient_clip_val bounds the norm that the optimizer sees."""
+    norms = []
+
+    class Norm(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            norms.append(torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters()]).item())
+
+    class Clipped(pl.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+            if trainer.global_step:
+                clipped.append(torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters()]).item())
+
+    clipped: list[float] = []
+    trainer(max_steps=4, gradient_clip_val=1e-3, callbacks=[Norm(), Clipped()]).fit(model(), loader())
+    assert min(norms) > 1e-3
+    assert clipped and max(clipped) <= 1.001e-3
+
+
+def test_a_policy_may_leave_what_is_not_masked_without_a_score():
+    """Scores of positions that are not masked are ignored, also before training starts."""
+
+    def only_masked(logits: Tensor, xt: Tensor) -> Tensor:
+        return torch.where(xt == MASK, logits.amax(-1), float("nan"))
+
+    trainer(max_steps=3).fit(model(process=ProgressiveUnmasking(2, only_masked)), loader())

@@ -98,8 +98,9 @@ class GenerationEvaluation(Callback):
                 continue
             pl_module.log(f"{stage}/{name}", value)
             if kind in self.metrics:
+                shown = f"{value:.1%}" if 0 <= value <= 1 else f"{value:.4g}"
                 number, passes = int(values[f"examples/{of}"]), float(values[f"nfe/{of}"])
-                self.summary.append(f"{of:<20} {kind} {value:.1%} ({number:,} sequences, {passes:.1f} passes each)")
+                self.summary.append(f"{of:<20} {kind} {shown} ({number:,} sequences, {passes:.1f} passes each)")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """As in validation."""

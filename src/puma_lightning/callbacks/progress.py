@@ -11,7 +11,7 @@ class StepProgressBar(TQDMProgressBar):
     """Counts optimizer steps of the whole run, with elapsed time and ETA; epochs mean little to a chain.
 
     Args:
-        refresh_rate: Redraw every this many batches.
+        refresh_rate: Redraw every this many optimizer steps.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:

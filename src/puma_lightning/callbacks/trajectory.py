@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from puma_lightning.modules.masked_diffusion import MaskedDiffusion
 from puma_lightning.plots import draw_reveal_order
@@ -40,7 +39,6 @@ class UnmaskingTrajectory(Callback):
         self.max_columns = max_columns
         self.path: Path | None = None
         self.history: list[dict[str, Any]] = []
-        self._batch: dict[str, Tensor] | None = None
 
     def on_validation_batch_end(
         self,

@@ -59,8 +59,8 @@ def check_batch(batch: Any, *, mask_id: int, vocab_size: int, min_answer_length:
     if masks.any():
         row, column = masks.nonzero()[0].tolist()
         raise ValueError(
-            f"clean data must not contain the mask token {mask_id}, found at row {row}, position {column} of a "
-            "batch; give the mask an id of its own"
+            f"{'clean data' if clean else 'a prompt'} must not contain the mask token {mask_id}, found at row {row}, "
+            f"position {column} of a batch; give the mask an id of its own"
         )
     answer_length = (~prompt_mask).sum(1)
     shortest = int(answer_length.min())

@@ -297,10 +297,15 @@ class StreamedModule(pl.LightningModule):
         if due and not self._all_finite:
             self._stop_at_non_finite()
 
+    def on_train_end(self) -> None:
+        """Look at the losses since the last look."""
+        if self._all_finite is not None and not self._all_finite:
+            self._stop_at_non_finite()
+
     def _stop_at_non_finite(self) -> None:
         last = latest_checkpoint(self.trainer)
         raise ValueError(
-            f"the loss is not finite (NaN or infinite) at optimizer step {self.global_step}; the last good checkpoint "
+            f"the loss is not finite (NaN or infinite) by optimizer step {self.global_step}; the last good checkpoint "
             f"is {last or 'none, nothing was saved yet'}; go on from it with a lower learning rate or gradient clipping"
         )
 
