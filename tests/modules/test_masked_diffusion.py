@@ -383,7 +383,7 @@ def test_logits_of_another_shape_are_refused():
             return torch.cat([super().forward(xt)] * 2, dim=-1)
 
     refused(model(backbone=Pooled()), r"logits \(B, L, V\) = \(4, 8, 6\), got \(4, 6\)")
-    refused(model(backbone=Wide()), r"got \(2, 8, 12\)")
+    refused(model(backbone=Wide()), r"got \(4, 8, 12\)")
 
 
 def test_a_backbone_needs_vocab_size():
