@@ -1,7 +1,9 @@
 """Batch streaming: which sequences sit in which slots, and that a stream goes on exactly where it stopped."""
 
+import gc
 import io
 import random
+import weakref
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -510,3 +512,17 @@ def test_a_faulty_sequence_late_in_the_data_is_placed(iterable):
     supply.take(8)
     with pytest.raises(ValueError, match=r"mask token .* after 8 training sequences of process 0"):
         supply.take(1)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_supply_ends_with_its_last_reference(kind):
+    """As part of a cycle, its workers would wait for the garbage collector, which stops them one by one in seconds."""
+    supply = clean(LOADERS[kind](23, batch_size=4))
+    supply.take(1)
+    alive = weakref.ref(supply)
+    gc.disable()
+    try:
+        del supply
+        assert alive() is None
+    finally:
+        gc.enable()

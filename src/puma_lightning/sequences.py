@@ -1,6 +1,7 @@
 """The endless supply of clean sequences that refills the slots, and its place in the data."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -136,11 +137,11 @@ class CleanSequences:
             where = f"batch after {first} training sequences of process {self.rank}"
             raise ValueError(f"{error} ({where})") from error
 
-    def _checked(self, batch: Any) -> Batch:
-        return check_batch(batch, **self._limits)
-
     def _read(self, position: int) -> Iterator[Batch]:
-        """Collated batches of this rank's sequences from a position on, without end."""
+        """Checked batches of this rank's sequences from a position on, without end."""
+        # The iterator must not refer back to self: as part of a cycle its workers would be stopped by the garbage
+        # collector, which takes seconds for each of them.
+        check = partial(check_batch, **self._limits)
         old = self.loader
         options: dict[str, Any] = {
             "batch_size": self.batch_size,
@@ -160,25 +161,27 @@ class CleanSequences:
                 self._sampler, self.seed, 0 if self._sharded else self.rank,
                 1 if self._sharded else self.world_size, position,
             )  # fmt: skip
-            return map(self._checked, DataLoader(old.dataset, sampler=order, **options))
-        return self._read_iterable(options, position)
+            return map(check, DataLoader(old.dataset, sampler=order, **options))
+        return _share_of_iterable(DataLoader(old.dataset, **options), check, self.rank, self.world_size, position)
 
-    def _read_iterable(self, options: dict[str, Any], position: int) -> Iterator[Batch]:
-        """Every rank reads the whole stream and keeps its share; a position is reached by reading up to it."""
-        loader = DataLoader(self.loader.dataset, **options)
-        index = 0
-        skip = position * self.world_size
-        while True:
-            empty = True
-            for batch in map(self._checked, loader):
-                empty = False
-                rows = torch.arange(index, index + len(batch["input_ids"]))
-                index += len(rows)
-                mine = (rows >= skip) & (rows % self.world_size == self.rank)
-                if mine.any():
-                    yield {name: tensor[mine] for name, tensor in batch.items()}
-            if empty:
-                raise ValueError(f"{type(self.loader.dataset).__name__} yielded no sequence")
+
+def _share_of_iterable(
+    loader: "DataLoader[Any]", check: Callable[[Any], Batch], rank: int, world_size: int, position: int
+) -> Iterator[Batch]:
+    """Every rank reads the whole stream and keeps its share; a position is reached by reading up to it."""
+    index = 0
+    skip = position * world_size
+    while True:
+        empty = True
+        for batch in map(check, loader):
+            empty = False
+            rows = torch.arange(index, index + len(batch["input_ids"]))
+            index += len(rows)
+            mine = (rows >= skip) & (rows % world_size == rank)
+            if mine.any():
+                yield {name: tensor[mine] for name, tensor in batch.items()}
+        if empty:
+            raise ValueError(f"{type(loader.dataset).__name__} yielded no sequence")
 
 
 class _EndlessOrder(Sampler[int]):
