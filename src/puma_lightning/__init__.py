@@ -10,20 +10,22 @@ from puma_lightning.data.sudoku import SudokuDataModule
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
 from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved
 from puma_lightning.models import TransformerBackbone
-from puma_lightning.modules import MaskedDiffusion
+from puma_lightning.modules import AutoregressiveLM, MaskedDiffusion
 from puma_lightning.optim import WarmupCosine
-from puma_lightning.sampling import Sample, Sampler
+from puma_lightning.sampling import LeftToRightSampler, Sample, Sampler
 from puma_lightning.unmasking import Confidence, Entropy, LeftToRight, Margin, Policy, RandomOrder, reveal
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoregressiveLM",
     "CellAccuracy",
     "Confidence",
     "Entropy",
     "ForwardProcess",
     "GenerationEvaluation",
     "LeftToRight",
+    "LeftToRightSampler",
     "Margin",
     "MaskedDiffusion",
     "Policy",

@@ -1,12 +1,20 @@
-"""Reading checkpoints, with errors that say what is wrong with one."""
+"""Reading checkpoints and pretrained weights, with errors that say what is wrong with one."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
+
+from puma_lightning.models.qwen2 import read_qwen2
+
+CHECKPOINT_KEY = "puma_lightning"
+# A model's vocabulary is often padded to a round number; more than this is another tokenizer's.
+MAX_PADDING = 1024
 
 
 def latest_checkpoint(trainer: pl.Trainer) -> Path | None:
@@ -39,13 +47,99 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Weights to start a training run from.
+
+    Attributes:
+        tensors: By the names they have in our modules.
+        facts: What names and shapes do not show, see ``StreamedModule.facts``.
+        origin: Where they are from.
+        padded: Whether the vocabulary may hold more tokens than the tokenizer has.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    origin: str
+    padded: bool = False
+
+
+def read_weights(path: str) -> Weights:
+    """Read the weights of a Lightning checkpoint (a file), or of a Qwen2 model (a folder or a name on the hub).
+
+    Raises:
+        ValueError: If there is nothing there, or it cannot be read.
+    """
+    if Path(path).is_file() or path.endswith(".ckpt"):
+        checkpoint = load_checkpoint(path)
+        facts = checkpoint.get(CHECKPOINT_KEY, {}).get("facts", {})
+        return Weights(checkpoint["state_dict"], facts, path)
+    tensors, settings = read_qwen2(path)
+    tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+    return Weights(tensors, {**settings, "shifted": True}, path, padded=True)
+
+
+def fit_vocabulary(weights: Weights, names: list[str], vocab_size: int) -> dict[str, Tensor]:
+    """Bring the weights with a row for every token to a vocabulary size, and say so.
+
+    Args:
+        weights: The weights.
+        names: Which of them have a row for every token.
+        vocab_size: V. New rows are the mean of the old ones; padding beyond the tokenizer's tokens is cut off.
+
+    Returns:
+        All tensors.
+
+    Raises:
+        ValueError: If more than padding would be cut off.
+    """
+    tensors = dict(weights.tensors)
+    for name in names:
+        if name not in tensors:
+            continue
+        old = tensors[name]
+        surplus = len(old) - vocab_size
+        if surplus > (MAX_PADDING if weights.padded else 0):
+            raise ValueError(
+                f"{name} of {weights.origin} has rows for {len(old):,} tokens, this model's vocabulary has "
+                f"{vocab_size:,}; use the tokenizer these weights were trained with"
+            )
+        if surplus > 0:
+            tensors[name] = old[:vocab_size]
+            rank_zero_info(f"{name}: left out {surplus:,} rows that no token of the tokenizer uses")
+        elif surplus < 0:
+            mean = old.float().mean(0, keepdim=True).to(old.dtype)
+            tensors[name] = torch.cat([old, mean.expand(-surplus, -1)])
+            rank_zero_info(f"{name}: the vocabulary grew from {len(old):,} to {vocab_size:,} (mask token included)")
+    return tensors
+
+
+def check_facts(own: dict[str, Any], saved: dict[str, Any], origin: str) -> None:
+    """Check that weights mean in this model what they meant in the one they are from.
+
+    Raises:
+        ValueError: If not; says which setting differs.
+    """
+    advice = {
+        "tokenizer": "use the tokenizer it was trained with: the same ids are other words here",
+        "shifted": "set `model.init_args.shifted` to {saved}: "
+        "an autoregressive model predicts position i+1 at position i, and what is initialised from one goes on so",
+    }
+    for name, value in saved.items():
+        here = own.get(name)
+        if value is None or here is None or value == here:
+            continue
+        wanted = advice.get(name, "set the backbone's {name} to {saved}").format(name=name, saved=str(value).lower())
+        raise ValueError(f"{origin} has {name} = {value}, this model has {here}; {wanted}")
+
+
 def check_weights(module: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
     """Check that weights fit a module.
 
     Raises:
         ValueError: If names or shapes differ; says which.
     """
-    own = module.state_dict()
+    own = module.state_dict(keep_vars=True)
     problems = [f"{name} is missing" for name in own if name not in weights]
     problems += [f"{name} is unknown" for name in weights if name not in own]
     problems += [
@@ -58,3 +152,11 @@ def check_weights(module: nn.Module, weights: dict[str, Tensor], origin: str) ->
         raise ValueError(
             f"{origin} does not fit this model: {', '.join(problems[:3])}{more}; use the settings it was trained with"
         )
+    first: dict[int, str] = {}
+    for name, parameter in own.items():
+        twin = first.setdefault(id(parameter), name)
+        if twin != name and not torch.equal(weights[twin], weights[name]):
+            raise ValueError(
+                f"{origin} does not fit this model: {twin} and {name} are one weight here and two different ones "
+                "there; use the settings it was trained with (tie_embeddings)"
+            )

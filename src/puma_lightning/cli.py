@@ -29,6 +29,7 @@ class PumaCLI(LightningCLI):
         parser.link_arguments(
             "data.vocab_size", "model.init_args.backbone.init_args.vocab_size", apply_on="instantiate"
         )
+        parser.link_arguments("data", "model.init_args.eos_id", compute_fn=_eos_id, apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let the checkpoint's hyperparameters override the given ones unseen."""
@@ -90,6 +91,11 @@ class PumaCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter) and callback.output is not None:
                 print(f"Predictions: {_relative(callback.output)}")
+
+
+def _eos_id(data: LightningDataModule) -> int | None:
+    eos_id: int | None = getattr(data, "eos_id", None)
+    return eos_id
 
 
 def _relative(path: str | Path) -> str:

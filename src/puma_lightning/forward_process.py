@@ -120,6 +120,21 @@ class RandomMasking(ForwardProcess):
         return mask_fraction(x0, prompt_mask, uniform, mask_id, generator)
 
 
+class NoMasking(ForwardProcess):
+    """Clean sequences, for autoregressive training."""
+
+    def start(
+        self,
+        x0: Tensor,
+        prompt_mask: Tensor,
+        stage: Tensor,
+        num_stages: int,
+        mask_id: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        return x0
+
+
 class ProgressiveUnmasking(ForwardProcess):
     """PUMA: a teacher-forced chain in the order that the model's own policy chooses (arXiv 2602.10314).
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -56,10 +57,7 @@ class Sampler:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1] or null, got {threshold}")
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        _check_draw(temperature, top_p)
         self.policy = check_policy(policy)
         self.tokens_per_step = tokens_per_step or 1
         self.num_steps = num_steps
@@ -74,8 +72,7 @@ class Sampler:
         return "_".join(
             [policy_name(self.policy), pace]
             + ([f"tau{self.threshold:g}"] if self.threshold is not None else [])
-            + ([f"T{self.temperature:g}"] if self.temperature else [])
-            + ([f"p{self.top_p:g}"] if self.top_p < 1 else [])
+            + _draw_names(self.temperature, self.top_p)
         )
 
     @torch.no_grad()
@@ -116,6 +113,109 @@ class Sampler:
             reveal_step = torch.where(masked & (xt != mask_id), step, reveal_step)
             step += 1
         return Sample(xt, reveal_step, nfe)
+
+
+class Reader(Protocol):
+    """An autoregressive model that reads a batch piece by piece and remembers what it has read."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The next tokens of every row, (B, n), to logits of the one after them, (B, V)."""
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows (n,) of the batch alone."""
+
+
+class LeftToRightSampler:
+    """Autoregressive sampling: one token after another, each read once; a row ends at its first EOS.
+
+    Args:
+        temperature: 0 takes the most likely token, otherwise tokens are drawn from softmax(logits / temperature).
+        top_p: Draw only from the smallest set of tokens with at least this probability.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0) -> None:
+        _check_draw(temperature, top_p)
+        self.temperature = temperature
+        self.top_p = top_p
+
+    @property
+    def name(self) -> str:
+        """A short name for logs: ``left_to_right``, ``left_to_right_T0.8_p0.95``."""
+        return "_".join(["left_to_right", *_draw_names(self.temperature, self.top_p)])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: "Reader",
+        xt: Tensor,
+        mask_id: int,
+        eos_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Sample:
+        """Complete a batch.
+
+        Args:
+            model: Reads the rows piece by piece.
+            xt: Sequences with the mask token at the positions to fill, (B, L) int64; position 0 is given.
+            mask_id: The mask token; it is never drawn.
+            eos_id: The token that ends a row; what is left of the row is filled with it.
+            generator: Source of all randomness, on the device of ``xt``.
+
+        Returns:
+            The completed sequences.
+
+        Raises:
+            ValueError: If position 0 of a row is to be filled.
+        """
+        masked = xt == mask_id
+        if masked[:, 0].any():
+            raise ValueError("left-to-right sampling needs a first token to go on from: position 0 must be given")
+        tokens = xt.clone()
+        reveal_step = torch.where(masked, 0, -1)
+        nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
+        columns = masked.any(0).nonzero().squeeze(1).tolist()
+        last = torch.where(masked, torch.arange(xt.shape[1], device=xt.device), -1).amax(1)
+        rows = torch.arange(len(xt), device=xt.device)
+        position = columns[0] if columns else xt.shape[1]
+        read = tokens[:, :position]
+        while position < xt.shape[1]:
+            drawn = draw(model(read)[:, None], mask_id, self.temperature, self.top_p, generator)[:, 0]
+            fill = masked[rows, position]
+            tokens[rows, position] = torch.where(fill, drawn, tokens[rows, position])
+            reveal_step[rows, position] = torch.where(fill, nfe[rows], -1)
+            nfe[rows] += fill
+            going = last[rows] > position
+            if eos_id is not None:
+                ended = rows[fill & (drawn == eos_id)]
+                rest = masked[ended] & (torch.arange(xt.shape[1], device=xt.device) > position)
+                tokens[ended] = tokens[ended].masked_fill(rest, eos_id)
+                reveal_step[ended] = torch.where(rest, nfe[ended, None] - 1, reveal_step[ended])
+                going &= ~(fill & (drawn == eos_id))
+            if not going.all():
+                rows = rows[going]
+                if not len(rows):
+                    break
+                model.select(going.nonzero().squeeze(1))
+            read = tokens[rows, position, None]
+            position += 1
+        return Sample(tokens, reveal_step, nfe)
+
+
+AnySampler = Sampler | LeftToRightSampler
+
+
+def _check_draw(temperature: float, top_p: float) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def _draw_names(temperature: float, top_p: float) -> list[str]:
+    return ([f"T{temperature:g}"] if temperature else []) + ([f"p{top_p:g}"] if top_p < 1 else [])
 
 
 def draw(

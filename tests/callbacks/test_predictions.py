@@ -21,8 +21,8 @@ class Data(pl.LightningDataModule):
     def predict_dataloader(self):
         given = torch.arange(6) < 1
         return DataLoader([{"input_ids": torch.full((6,), i), "prompt_mask": given} for i in range(11)], batch_size=2)
-    def decode(self, tokens):
-        return "-".join(map(str, tokens.tolist()))
+    def decode(self, tokens, prompt_mask):
+        return {"text": "-".join(map(str, tokens.tolist()))}
 
 if __name__ == "__main__":
     torch.manual_seed(0)

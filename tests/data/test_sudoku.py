@@ -169,10 +169,10 @@ def test_prediction_hides_everything_but_the_clues(tmp_path: Path, layout: str) 
     assert (batch["input_ids"][~batch["prompt_mask"]] == data.mask_id).all()
     answer = batch["input_ids"][:, -16:]
     if layout == "in_place":
-        assert [data.decode(row) for row in answer] == puzzle
+        assert [data.decode(row)["text"] for row in answer] == puzzle
     else:
         assert batch["input_ids"][0, :16].tolist() == [0] * 15 + [3]
-        assert data.decode(batch["input_ids"][0]) == "." * 16
+        assert data.decode(batch["input_ids"][0])["text"] == "." * 16
     assert not (tmp_path / "no").exists()
 
 
@@ -197,7 +197,7 @@ def test_decode_shows_the_answer(tmp_path: Path) -> None:
         data = SudokuDataModule(4, layout)  # type: ignore[arg-type]
         item = SudokuDataset(boards, layout)[3]["input_ids"]  # type: ignore[arg-type]
         item[-1] = data.mask_id
-        assert data.decode(item) == "".join(map(str, boards.solutions[3, :-1])) + "."
+        assert data.decode(item)["text"] == "".join(map(str, boards.solutions[3, :-1])) + "."
 
 
 def cache_files(folder: Path) -> list[Path]:

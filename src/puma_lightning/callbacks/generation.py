@@ -1,52 +1,81 @@
 """Evaluation by generating: complete held-out sequences and judge the result."""
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
 
-from puma_lightning.modules.masked_diffusion import MaskedDiffusion, loader_suffix
-from puma_lightning.sampling import Sampler
+from puma_lightning.data.base import Batch
+from puma_lightning.modules.generative import GenerativeModule, loader_suffix
+from puma_lightning.sampling import AnySampler, Sample
+
+# What a metric's update can ask for, by name.
+GIVEN = ("tokens", "input_ids", "prompt_mask", "completions", "answers")
 
 
 class GenerationEvaluation(Callback):
     """Completes the prompts of the validation (or test) set with each sampler and logs each metric.
 
-    Logs ``val/<metric>/<sampler>``, such as ``val/solved/confidence_1``, and ``val/nfe/<sampler>``, the mean
-    number of forward passes. Each rank completes its own share of the set.
+    Logs ``val/<metric>/<sampler>``, such as ``val/solved/confidence_1``, or, of a metric with several results,
+    ``val/<metric>_<result>/<sampler>``, such as ``val/program_accuracy/confidence_1``; and ``val/nfe/<sampler>``, the
+    mean number of forward passes. Each rank completes its own share of the set.
+
+    Metrics get what the arguments of their ``update`` ask for: ``tokens``, ``input_ids``, ``prompt_mask``, all (B, L),
+    ``completions`` and ``answers``, lists of text. The last two take a DataModule that decodes and batches with an
+    ``answer``; sets without answers are left alone by metrics that ask for them.
 
     Args:
-        metrics: By name; each is updated with ``(tokens, input_ids, prompt_mask)``, all (B, L).
+        metrics: By name.
         samplers: The samplers to compare.
         num_examples: Complete at most this many sequences of each set (all ranks together); null for all.
+        num_shown: Log the text of this many completions at every validation, to ``samples.md`` in the log directory and
+            to TensorBoard; takes a DataModule that decodes.
 
     Raises:
         ValueError: If an argument is out of range, or two samplers have the same name.
     """
 
-    def __init__(self, metrics: dict[str, Metric], samplers: list[Sampler], num_examples: int | None = None) -> None:
+    def __init__(
+        self,
+        metrics: dict[str, Metric],
+        samplers: list[AnySampler],
+        num_examples: int | None = None,
+        num_shown: int = 0,
+    ) -> None:
         if not metrics or not samplers:
             raise ValueError("GenerationEvaluation needs at least one metric and one sampler")
         if reserved := {"nfe", "examples"} & set(metrics):
             raise ValueError(f"a metric cannot be called {reserved.pop()!r}: GenerationEvaluation counts that itself")
+        for name, metric in metrics.items():
+            if unknown := set(arguments(metric)) - set(GIVEN):
+                raise ValueError(f"metric {name!r} asks for {sorted(unknown)}; update can take {', '.join(GIVEN)}")
         names = [sampler.name for sampler in samplers]
         if len(set(names)) < len(names):
             raise ValueError(f"samplers must differ in name, got {names}")
         if num_examples is not None and num_examples < 1:
             raise ValueError(f"num_examples must be at least 1 or null, got {num_examples}")
+        if num_shown < 0:
+            raise ValueError(f"num_shown must be at least 0, got {num_shown}")
         self.metrics = metrics
         self.samplers = samplers
         self.num_examples = num_examples
+        self.num_shown = num_shown
         self.summary: list[str] = []
         self._results: dict[str, Metric] = {}
         self._seen: dict[int, int] = {}
+        self._shown: list[str] = []
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting anew."""
         self._results = {}
         self._seen = {}
+        self._shown = []
 
     def on_validation_batch_end(
         self,
@@ -60,25 +89,47 @@ class GenerationEvaluation(Callback):
         """Complete this batch's prompts with every sampler."""
         if trainer.sanity_checking:
             return
-        assert isinstance(pl_module, MaskedDiffusion)
+        assert isinstance(pl_module, GenerativeModule)
         seen = self._seen.get(dataloader_idx, 0)
         wanted = len(batch["input_ids"])
         if self.num_examples is not None:
             wanted = min(wanted, -(-self.num_examples // trainer.world_size) - seen)
-        if wanted <= 0:
+        metrics = {
+            name: metric
+            for name, metric in self.metrics.items()
+            if "answer" in batch or "answers" not in arguments(metric)
+        }
+        if wanted <= 0 or not metrics:
             return
         self._seen[dataloader_idx] = seen + wanted
-        input_ids, prompt_mask = batch["input_ids"][:wanted], batch["prompt_mask"][:wanted]
+        batch = {name: column[:wanted] for name, column in batch.items()}
+        decode = getattr(trainer.datamodule, "decode", None)  # type: ignore[attr-defined]
         suffix = loader_suffix(trainer, dataloader_idx)
         for sampler in self.samplers:
             generator = pl_module.evaluation_generator(dataloader_idx, batch_idx)
-            sample = pl_module.sample(input_ids, prompt_mask, sampler, generator)
-            for name, metric in self.metrics.items():
-                self._result(f"{name}/{sampler.name}{suffix}", metric, pl_module).update(
-                    sample.tokens, input_ids, prompt_mask
-                )
+            sample = pl_module.sample(batch["input_ids"], batch["prompt_mask"], sampler, generator)
+            texts = decoded(sample.tokens, batch["prompt_mask"], decode)
+            judged = {
+                "tokens": sample.tokens,
+                "input_ids": batch["input_ids"],
+                "prompt_mask": batch["prompt_mask"],
+                "completions": [text.get("completion") for text in texts],
+                "answers": batch.get("answer"),
+            }
+            for name, metric in metrics.items():
+                result = self._result(f"{name}/{sampler.name}{suffix}", metric, pl_module)
+                result.update(**{argument: judged[argument] for argument in arguments(metric)})
             self._result(f"nfe/{sampler.name}{suffix}", MeanMetric(), pl_module).update(sample.nfe.float())
             self._result(f"examples/{sampler.name}{suffix}", SumMetric(), pl_module).update(wanted)
+            self._show(sampler.name + suffix, sample, texts, batch)
+
+    def _show(self, name: str, sample: Sample, texts: list[dict[str, str]], batch: Batch) -> None:
+        """Keep the first completions as text."""
+        done = sum(shown.startswith(f"### {name} ") for shown in self._shown)
+        for row in range(min(self.num_shown - done, len(texts))):
+            text = "\n\n".join(f"```\n{part}\n```" for part in texts[row].values())
+            answer = f"\n\nanswer: {batch['answer'][row]}" if "answer" in batch else ""
+            self._shown.append(f"### {name} {done + row + 1}, {int(sample.nfe[row])} passes\n\n{text}{answer}\n")
 
     def _result(self, name: str, metric: Metric, pl_module: pl.LightningModule) -> Metric:
         if name not in self._results:
@@ -92,15 +143,31 @@ class GenerationEvaluation(Callback):
         values = {name: metric.compute() for name, metric in self._results.items()}
         if values:
             self.summary = []
-        for name, value in values.items():
-            kind, of = name.split("/", 1)
-            if kind == "examples":
+        for name, results in values.items():
+            metric, of = name.split("/", 1)
+            if metric == "examples":
                 continue
-            pl_module.log(f"{stage}/{name}", value)
-            if kind in self.metrics:
-                shown = f"{value:.1%}" if 0 <= value <= 1 else f"{value:.4g}"
+            several = isinstance(results, dict)
+            named = {f"{metric}_{key}": v for key, v in results.items()} if several else {metric: results}
+            pl_module.log_dict({f"{stage}/{kind}/{of}": value for kind, value in named.items()})
+            if metric in self.metrics:
+                shown = ", ".join(f"{k} {v:.1%}" if 0 <= v <= 1 else f"{k} {v:.4g}" for k, v in named.items())
                 number, passes = int(values[f"examples/{of}"]), float(values[f"nfe/{of}"])
-                self.summary.append(f"{of:<20} {kind} {shown} ({number:,} sequences, {passes:.1f} passes each)")
+                self.summary.append(f"{of:<20} {shown} ({number:,} sequences, {passes:.1f} passes each)")
+        self._log_text(trainer)
+
+    def _log_text(self, trainer: pl.Trainer) -> None:
+        folder = trainer.log_dir  # asks all ranks, so it must not be left to rank 0
+        if not self._shown or not trainer.is_global_zero or folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        text = "\n".join(self._shown)
+        path = Path(folder) / "samples.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"## Step {trainer.global_step:,}\n\n{text}\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", text, trainer.global_step)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """As in validation."""
@@ -113,3 +180,15 @@ class GenerationEvaluation(Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """As in validation."""
         self.on_validation_epoch_end(trainer, pl_module)
+
+
+def arguments(metric: Metric) -> list[str]:
+    """What a metric asks for at every update."""
+    return list(inspect.signature(metric.update).parameters)
+
+
+def decoded(tokens: Tensor, prompt_mask: Tensor, decode: Any) -> list[dict[str, str]]:
+    """The rows as text, by the ``decode`` of a DataModule; nothing if it has none."""
+    if decode is None:
+        return [{} for _ in tokens]
+    return [decode(row, given) for row, given in zip(tokens.cpu(), prompt_mask.cpu(), strict=True)]

@@ -8,13 +8,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from puma_lightning.callbacks.generation import GenerationEvaluation, decoded
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes one JSON object a sequence, in the order of the data set.
 
-    Keys: ``index``, ``tokens``, ``reveal_step``, ``nfe``; ``dataloader`` where there are several; ``text`` where the
-    DataModule has ``decode(tokens) -> str``. Every rank writes a part, and rank 0 joins them.
+    Keys: ``index``, ``tokens``, ``reveal_step``, ``nfe``; ``dataloader`` where there are several; what the DataModule's
+    ``decode(tokens, prompt_mask) -> dict[str, str]`` gives, such as ``prompt`` and ``completion``; ``answer`` where the
+    batch has one; and what the metrics of a ``GenerationEvaluation`` say about a row, if they have
+    ``judge(completions, answers) -> list[dict]``. Every rank writes a part, and rank 0 joins them.
 
     Args:
         path: The file; null for ``predictions.jsonl`` in the log directory.
@@ -49,9 +54,9 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append a batch to this rank's part."""
-        decode = getattr(trainer.datamodule, "decode", None)  # type: ignore[attr-defined]
         columns = {name: tensor.tolist() for name, tensor in prediction.items()}
         size = len(next(iter(columns.values())))
+        described = self._described(trainer, prediction["tokens"], batch)
         several = isinstance(trainer.predict_dataloaders, list | tuple) and len(trainer.predict_dataloaders) > 1
         with self._part(trainer.global_rank).open("a") as part:
             for row in range(size):
@@ -61,9 +66,24 @@ class PredictionWriter(BasePredictionWriter):
                 record = {"index": index, **{name: column[row] for name, column in columns.items()}}
                 if several:
                     record = {"dataloader": dataloader_idx, **record}
-                if decode is not None:
-                    record["text"] = decode(prediction["tokens"][row])
-                part.write(json.dumps(record) + "\n")
+                part.write(json.dumps({**record, **described[row]}) + "\n")
+
+    def _described(self, trainer: pl.Trainer, tokens: Tensor, batch: Any) -> list[dict[str, Any]]:
+        """What can be said about each row beyond its tokens."""
+        if not isinstance(batch, dict) or "prompt_mask" not in batch:
+            return [{} for _ in tokens]
+        decode = getattr(trainer.datamodule, "decode", None)  # type: ignore[attr-defined]
+        rows: list[dict[str, Any]] = list(decoded(tokens, batch["prompt_mask"], decode))
+        answers = batch.get("answer")
+        if answers is not None:
+            rows = [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for metric in callback.metrics.values() if isinstance(callback, GenerationEvaluation) else ():
+                judge: Any = getattr(metric, "judge", None)
+                if judge is not None and all("completion" in row for row in rows):
+                    judged = judge([row["completion"] for row in rows], answers)
+                    rows = [{**row, **verdict} for row, verdict in zip(rows, judged, strict=True)]
+        return rows
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Join the parts, by index."""

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
 
-from puma_lightning.modules.masked_diffusion import MaskedDiffusion
+from puma_lightning.modules.generative import GenerativeModule
 from puma_lightning.plots import draw_reveal_order
 from puma_lightning.sampling import Sampler
 
@@ -52,7 +52,7 @@ class UnmaskingTrajectory(Callback):
         """Fill in the sequences that are followed."""
         if batch_idx or dataloader_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, MaskedDiffusion)
+        assert isinstance(pl_module, GenerativeModule)
         input_ids = batch["input_ids"][: self.num_examples]
         prompt_mask = batch["prompt_mask"][: self.num_examples]
         sample = pl_module.sample(input_ids, prompt_mask, self.sampler, pl_module.evaluation_generator(0, 0))

@@ -1,12 +1,16 @@
-"""The one batch format, and the check that every batch passes before a model sees it."""
+"""The one batch format, the check that every batch passes before a model sees it, and what DataModules share."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 Batch = dict[str, Tensor]
+DEFAULT_CACHE = "~/.cache/puma_lightning"
 
 
 def check_batch(batch: Any, *, mask_id: int, vocab_size: int, min_answer_length: int = 1, clean: bool = True) -> Batch:
@@ -76,3 +80,36 @@ def check_batch(batch: Any, *, mask_id: int, vocab_size: int, min_answer_length:
             "the answer length"
         )
     return {"input_ids": input_ids, "prompt_mask": prompt_mask}
+
+
+def make_loader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    shuffle: bool,
+    num_workers: int,
+    collate_fn: Callable[[Any], Any] | None = None,
+) -> DataLoader[Any]:
+    """A DataLoader with what all of ours have in common."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,  # by keyword: Lightning's replacement of samplers fails otherwise
+        shuffle=shuffle,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
+
+
+def cache_folder(cache_dir: str) -> Path:
+    """Where a DataModule keeps what it made; the default follows ``$XDG_CACHE_HOME`` if set."""
+    if cache_dir == DEFAULT_CACHE and os.environ.get("XDG_CACHE_HOME"):
+        cache_dir = os.path.join(os.environ["XDG_CACHE_HOME"], "puma_lightning")
+    return Path(cache_dir).expanduser()
+
+
+def at_least(argument: str, value: int, low: int) -> int:
+    """Returns the value of an argument; raises ValueError, with its name, if it is below ``low``."""
+    if value < low:
+        raise ValueError(f"{argument}: expected at least {low}, got {value}")
+    return value

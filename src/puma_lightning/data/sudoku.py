@@ -1,6 +1,5 @@
 """Sudoku as a DataModule: built-in puzzles of order 4, 6 and 9, or puzzles from files."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from puma_lightning.data.base import Batch
+from puma_lightning.data.base import DEFAULT_CACHE, Batch, at_least, cache_folder, make_loader
 from puma_lightning.sudoku.board import (
     Boards,
     geometry,
@@ -28,7 +27,6 @@ _BUILT_IN_SIZES = {
     6: {"test": 500, "val": 500, "train": 2_000},
     9: {"test": 1_000, "val": 1_000, "train": 20_000},
 }
-_DEFAULT_CACHE = "~/.cache/puma_lightning"
 
 
 class SudokuDataset(Dataset[Batch]):
@@ -139,7 +137,7 @@ class SudokuDataModule(pl.LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
-        cache_dir: str = _DEFAULT_CACHE,
+        cache_dir: str = DEFAULT_CACHE,
     ) -> None:
         super().__init__()
         self.sequence_length = sequence_length(order, layout)
@@ -148,17 +146,17 @@ class SudokuDataModule(pl.LightningDataModule):
         self.order = order
         self.layout = layout
         self.clues = clue_range(order, clues)
-        self.augment = _at_least("augment", augment, 1)
-        self.batch_size = _at_least("batch_size", batch_size, 1)
-        self.eval_batch_size = _at_least(
+        self.augment = at_least("augment", augment, 1)
+        self.batch_size = at_least("batch_size", batch_size, 1)
+        self.eval_batch_size = at_least(
             "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1
         )
-        self.num_workers = _at_least("num_workers", num_workers, 0)
+        self.num_workers = at_least("num_workers", num_workers, 0)
         self.seed = seed
         self.limits = {"train": num_train, "val": num_val, "test": num_test}
         for name, limit in self.limits.items():
             if limit is not None:
-                _at_least(f"num_{name}", limit, 1)
+                at_least(f"num_{name}", limit, 1)
         self.files = {
             "train": _existing("train_file", train_file),
             "val": _existing("val_file", val_file),
@@ -167,9 +165,7 @@ class SudokuDataModule(pl.LightningDataModule):
         }
         self.val_names = _names("val", self.files["val"])
         self.test_names = _names("test", self.files["test"])
-        if cache_dir == _DEFAULT_CACHE and os.environ.get("XDG_CACHE_HOME"):
-            cache_dir = os.path.join(os.environ["XDG_CACHE_HOME"], "puma_lightning")
-        self.cache_dir = Path(cache_dir).expanduser()
+        self.cache_dir = cache_folder(cache_dir)
         self._sets: dict[str, list[SudokuDataset]] = {}
 
     def prepare_data(self) -> None:
@@ -205,20 +201,13 @@ class SudokuDataModule(pl.LightningDataModule):
         """The puzzles of ``predict_file``; all that is not prompt is masked."""
         return self._eval_loaders("predict")
 
-    def decode(self, tokens: Tensor) -> str:
+    def decode(self, tokens: Tensor, prompt_mask: Tensor | None = None) -> dict[str, str]:
         """Returns the board in a sequence ``(L,)`` as one line of digits, . for a cell that has none."""
         cells = tokens[-geometry(self.order).cells :].tolist()
-        return "".join(str(cell) if 1 <= cell <= self.order else "." for cell in cells)
+        return {"text": "".join(str(cell) if 1 <= cell <= self.order else "." for cell in cells)}
 
     def _loader(self, dataset: SudokuDataset, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,  # by keyword: Lightning's replacement of samplers fails otherwise
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return make_loader(dataset, batch_size, shuffle, self.num_workers)
 
     def _eval_loaders(self, name: str) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         loaders = [self._loader(each, self.eval_batch_size, shuffle=False) for each in self._sets[name]]
@@ -297,9 +286,3 @@ def _names(default: str, files: Iterable[Path]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError(f"{default}_file: expected files with different names, got {names}; rename one")
     return names
-
-
-def _at_least(argument: str, value: int, low: int) -> int:
-    if value < low:
-        raise ValueError(f"{argument}: expected at least {low}, got {value}")
-    return value

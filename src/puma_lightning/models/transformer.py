@@ -56,9 +56,36 @@ class RotaryTable(nn.Module):
         self.cos, self.sin = self._table(self.cos.device)
         return self
 
-    def forward(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``(length, E/2)`` of the first positions."""
-        return self.cos[:length], self.sin[:length]
+    def forward(self, end: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``(end - start, E/2)`` of the positions start..end-1."""
+        return self.cos[start:end], self.sin[start:end]
+
+
+class KeyValueCache:
+    """Keys and values of the positions a backbone has read, so that the next ones need not read them again.
+
+    Attributes:
+        length: Number of positions held.
+        layers: Keys and values of every layer, ``(B, G, capacity, E)`` each.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values ``(B, G, n, E)`` of n new positions; return those of all positions so far."""
+        end = self.length + k.shape[2]
+        if layer == len(self.layers):
+            shape = (*k.shape[:2], self.capacity, k.shape[3])
+            self.layers.append((k.new_empty(shape), v.new_empty(shape)))
+        keys, values = self.layers[layer]
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows ``(n,)`` of the batch only."""
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
 
 
 class Attention(nn.Module):
@@ -81,18 +108,28 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attend within each row: ``(B, L, D) -> (B, L, D)``."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """Attend within each row, and to what the cache holds of it: ``(B, L, D) -> (B, L, D)``."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or G, L, E)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+            if self.causal and 1 < q.shape[2] < k.shape[2]:
+                # is_causal would line up the first query with the first key.
+                mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(cache.length)
         attended = F.scaled_dot_product_attention(
-            rotate(q, cos, sin),
-            rotate(k, cos, sin),
+            q,
+            k,
             v,
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal,
+            is_causal=self.causal and q.shape[2] == k.shape[2],
             enable_gqa=self.grouped,
         )
         out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
@@ -135,9 +172,11 @@ class Layer(nn.Module):
         self.mlp = MLP(hidden_size, intermediate_size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, layer: int = 0
+    ) -> Tensor:
         """One block: ``(B, L, D) -> (B, L, D)``."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache, layer))
         x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return x
 
@@ -170,6 +209,8 @@ class TransformerBackbone(nn.Module):
     Raises:
         ValueError: If a size or the dropout is out of range, or the head counts don't divide what they must.
     """
+
+    weights_per_token = ("embed_tokens.weight", "lm_head.weight")
 
     def __init__(
         self,
@@ -223,6 +264,12 @@ class TransformerBackbone(nn.Module):
             )
         self.vocab_size, self.max_length, self.causal = vocab_size, max_length, causal
         self.activation_checkpointing = activation_checkpointing
+        self._settings = {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "rope_theta": rope_theta,
+            "norm_eps": norm_eps,
+        }
 
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.embed_positions = nn.Embedding(max_length, hidden_size) if learned_positions else None
@@ -263,29 +310,48 @@ class TransformerBackbone(nn.Module):
             else:
                 nn.init.normal_(parameter, std=0.02)
 
-    def hidden_states(self, input_ids: Tensor) -> Tensor:
+    @property
+    def settings(self) -> dict[str, float]:
+        """What changes the function that the weights compute, but none of their shapes."""
+        return dict(self._settings)
+
+    def hidden_states(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What ``lm_head`` turns into logits, after the final norm: ``(B, L)`` int64 -> ``(B, L, D)``.
+
+        Args:
+            input_ids: The tokens; with a cache, those that follow on the positions it holds.
+            cache: Keys and values of earlier positions, to which these are added. It is what a causal model reads
+                of them; in a bidirectional one they do not see what comes later.
 
         Raises:
             ValueError: If the sequences are longer than ``max_length``.
         """
-        length = input_ids.shape[1]
-        if length > self.max_length:
+        start = cache.length if cache is not None else 0
+        end = start + input_ids.shape[1]
+        if end > self.max_length:
             raise ValueError(
-                f"Expected at most max_length = {self.max_length} positions, got {length}: "
+                f"Expected at most max_length = {self.max_length} positions, got {end}: "
                 "shorten the sequences or build the model with a larger max_length."
             )
         x: Tensor = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
-            x = x + self.embed_positions.weight[:length]
-        cos, sin = self.rotary(length)
+            x = x + self.embed_positions.weight[start:end]
+        cos, sin = self.rotary(end, start)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
-        for layer in self.layers:
-            x = checkpoint(layer, x, cos, sin, use_reentrant=False) if recompute else layer(x, cos, sin)
+        for index, layer in enumerate(self.layers):
+            if cache is not None:
+                # Not through __call__, which may be compiled: every length would be compiled anew.
+                x = layer.forward(x, cos, sin, cache, index)
+            elif recompute:
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin)
+        if cache is not None:
+            cache.length = end
         out: Tensor = self.norm(x)
         return out
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits of the token at every position: ``(B, L)`` int64 -> ``(B, L, V)``."""
-        logits: Tensor = self.lm_head(self.hidden_states(input_ids))
+    def forward(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits of the token at every position: ``(B, L)`` int64 -> ``(B, L, V)``; see ``hidden_states``."""
+        logits: Tensor = self.lm_head(self.hidden_states(input_ids, cache))
         return logits

@@ -17,13 +17,18 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from puma_lightning.checkpoints import check_weights, latest_checkpoint, load_checkpoint
+from puma_lightning.checkpoints import (
+    CHECKPOINT_KEY,
+    check_facts,
+    check_weights,
+    fit_vocabulary,
+    latest_checkpoint,
+    read_weights,
+)
 from puma_lightning.forward_process import ForwardProcess
 from puma_lightning.optim import WarmupCosine
 from puma_lightning.sequences import CleanSequences, derived_seed
 from puma_lightning.stream import Stream
-
-CHECKPOINT_KEY = "puma_lightning"
 
 
 class StreamedModule(pl.LightningModule):
@@ -38,10 +43,11 @@ class StreamedModule(pl.LightningModule):
         mask_id: The mask token.
         optimizer: Called with the parameters.
         scheduler: Called with the optimizer; stepped every optimizer step.
-        init_from: Checkpoint to take the weights from at the start of training.
+        init_from: Weights to start training from: a checkpoint, a folder with a Qwen2 model, or its name on the hub.
     """
 
     stream: Stream
+    shifted = False  # whether the backbone predicts position i+1 at position i
 
     def __init__(
         self,
@@ -222,7 +228,7 @@ class StreamedModule(pl.LightningModule):
                 torch.distributed.all_gather_object(states, state)
         if not all(state["finite"] for state in states):
             self._stop_at_non_finite()
-        checkpoint[CHECKPOINT_KEY] = {"world_size": trainer.world_size, "ranks": states}
+        checkpoint[CHECKPOINT_KEY] = {"world_size": trainer.world_size, "ranks": states, "facts": self.facts()}
 
     def _partial_gradients(self, in_flight: bool) -> dict[str, Tensor] | None:
         """Gradients of an accumulation window that a checkpoint falls into."""
@@ -248,6 +254,7 @@ class StreamedModule(pl.LightningModule):
         """
         if self.strict_loading:
             check_weights(self, checkpoint.get("state_dict", {}), "the checkpoint")
+            check_facts(self.facts(), checkpoint.get(CHECKPOINT_KEY, {}).get("facts", {}), "the checkpoint")
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         self._resumed = True
@@ -269,15 +276,27 @@ class StreamedModule(pl.LightningModule):
             if gradients and name in gradients:
                 parameter.grad = gradients[name].to(parameter)
 
+    def facts(self) -> dict[str, Any]:
+        """What the names and shapes of the weights do not show, and a checkpoint of them should say."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return {
+            "tokenizer": getattr(datamodule, "tokenizer_fingerprint", None),
+            "shifted": self.shifted,
+            **getattr(self.backbone, "settings", {}),
+        }
+
     def load_weights(self, path: str) -> None:
-        """Take the weights of a checkpoint, and nothing else of it.
+        """Take the weights of a checkpoint or a Qwen2 model, and nothing else of it.
 
         Raises:
-            ValueError: If the file is not a checkpoint of this model.
+            ValueError: If they are not there, or are of another model or tokenizer.
         """
-        weights = load_checkpoint(path)["state_dict"]
-        check_weights(self, weights, path)
-        self.load_state_dict(weights)
+        weights = read_weights(path)
+        check_facts(self.facts(), weights.facts, path)
+        per_token = [f"backbone.{name}" for name in getattr(self.backbone, "weights_per_token", [])]
+        tensors = fit_vocabulary(weights, per_token, self.vocab_size)
+        check_weights(self, tensors, path)
+        self.load_state_dict(tensors)
 
     # Loss and optimizer -------------------------------------------------------------------------------------
 

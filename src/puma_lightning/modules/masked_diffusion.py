@@ -1,21 +1,18 @@
 """Masked diffusion: a model that fills in sequences in any order."""
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from puma_lightning.data.base import Batch, check_batch
+from puma_lightning.data.base import Batch
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, stratified_masking
 from puma_lightning.losses import masked_cross_entropy
-from puma_lightning.modules.base import StreamedModule
+from puma_lightning.modules.generative import GenerativeModule
 from puma_lightning.optim import WarmupCosine
-from puma_lightning.sampling import Sample, Sampler
-from puma_lightning.sequences import derived_seed
-from puma_lightning.unmasking import exclude_token
+from puma_lightning.sampling import AnySampler, Sample, Sampler
 
 
-class MaskedDiffusion(StreamedModule):
+class MaskedDiffusion(GenerativeModule):
     """A masked diffusion model; with ``ProgressiveUnmasking`` trained by PUMA, with ``RandomMasking`` as usual.
 
     Args:
@@ -25,7 +22,10 @@ class MaskedDiffusion(StreamedModule):
         sampler: How ``predict`` completes sequences.
         optimizer: Called with the parameters.
         scheduler: Called with the optimizer and stepped every optimizer step; null for a constant rate.
-        init_from: Checkpoint to take the weights from at the start of training (not a resume).
+        init_from: Weights to start training from (not a resume): a checkpoint of a diffusion or autoregressive
+            model, a folder with a Qwen2 model in safetensors, or its name on the Hugging Face hub.
+        shifted: Whether the backbone predicts position i+1 at position i, as it does when it is initialised from
+            an autoregressive model. Loss, policies and samplers see logits aligned with positions all the same.
 
     Raises:
         ValueError: If the backbone has no ``vocab_size`` or is causal, or ``mask_id`` is outside the vocabulary.
@@ -40,32 +40,16 @@ class MaskedDiffusion(StreamedModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01),
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         init_from: str | None = None,
+        shifted: bool = False,
     ) -> None:
         super().__init__(backbone, forward_process, mask_id, optimizer, scheduler, init_from)
         if getattr(backbone, "causal", False):
             raise ValueError(
-                "a causal backbone predicts the next position from earlier ones; MaskedDiffusion needs one that sees "
-                "all positions (causal=False)"
+                "MaskedDiffusion needs a backbone that sees all positions: set causal to false (also to initialise it "
+                "from a causal one, with init_from and shifted), or train an AutoregressiveLM"
             )
         self.sampler = sampler
-        self._sampling_seed = 0
-
-    def setup(self, stage: str) -> None:
-        """Predictions follow the run's seed; evaluation draws the same numbers every time."""
-        super().setup(stage)
-        self._sampling_seed = self._shared_seed() if stage == "predict" else 0
-
-    def forward(self, xt: Tensor) -> Tensor:
-        """Predict every position, never as the mask token.
-
-        Args:
-            xt: Partly masked sequences, (B, L) int64.
-
-        Returns:
-            Logits aligned with positions, (B, L, V); -inf for the mask token.
-        """
-        logits: Tensor = self.backbone(xt)
-        return exclude_token(logits, self.mask_id)
+        self.shifted = shifted
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass gives the loss and moves the chains."""
@@ -81,10 +65,7 @@ class MaskedDiffusion(StreamedModule):
         """Check the shapes of the logits and of the policy's scores on the first batch."""
         xt = batch["xt"]
         logits = self(xt)
-        if logits.shape != (*xt.shape, self.vocab_size):
-            raise ValueError(
-                f"the backbone must return logits (B, L, V) = {(*xt.shape, self.vocab_size)}, got {tuple(logits.shape)}"
-            )
+        self.check_logits(batch, logits)
         parts = [self.forward_process, self.sampler]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             parts += getattr(callback, "samplers", [getattr(callback, "sampler", None)])
@@ -100,79 +81,22 @@ class MaskedDiffusion(StreamedModule):
                     "scores must be numbers"
                 )
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The per-token NELBO in nats: n stratified over the batch, the same masks at every validation."""
-        self._evaluate("val", batch, batch_idx, dataloader_idx)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As in validation."""
-        self._evaluate("test", batch, batch_idx, dataloader_idx)
-
-    def _evaluate(self, stage: str, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
-        batch = check_batch(batch, mask_id=self.mask_id, vocab_size=self.vocab_size)
-        x0, prompt_mask = batch["input_ids"], batch["prompt_mask"]
-        generator = self.evaluation_generator(dataloader_idx, batch_idx)
-        xt = stratified_masking(x0, prompt_mask, self.mask_id, generator)
-        loss = masked_cross_entropy(self(xt), x0, xt == self.mask_id).mean()
-        name = f"{stage}/loss{loader_suffix(self.trainer, dataloader_idx)}"
-        self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(x0), sync_dist=True, add_dataloader_idx=False)
-
-    def on_validation_epoch_end(self) -> None:
-        """The perplexity bound, exp(val/loss)."""
-        self._log_perplexity("val")
-
-    def on_test_epoch_end(self) -> None:
-        """The perplexity bound, exp(test/loss)."""
-        self._log_perplexity("test")
-
-    def _log_perplexity(self, stage: str) -> None:
-        for name, loss in list(self.trainer.callback_metrics.items()):
-            if name.startswith(f"{stage}/loss"):
-                self.log(name.replace("/loss", "/perplexity"), loss.exp())
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Complete everything that is not prompt.
-
-        Returns:
-            ``{"tokens": (B, L), "reveal_step": (B, L), "nfe": (B,)}``, see ``Sample``.
-        """
-        batch = check_batch(batch, mask_id=self.mask_id, vocab_size=self.vocab_size, min_answer_length=0, clean=False)
-        sample = self.sample(
-            batch["input_ids"], batch["prompt_mask"], generator=self.evaluation_generator(dataloader_idx, batch_idx)
-        )
-        return {"tokens": sample.tokens, "reveal_step": sample.reveal_step, "nfe": sample.nfe}
+    def evaluation_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+        """The per-token NELBO: n stratified over the batch, the same masks at every evaluation."""
+        x0 = batch["input_ids"]
+        xt = stratified_masking(x0, batch["prompt_mask"], self.mask_id, generator)
+        return masked_cross_entropy(self(xt), x0, xt == self.mask_id).mean(), len(x0)
 
     def sample(
         self,
         input_ids: Tensor,
         prompt_mask: Tensor,
-        sampler: Sampler | None = None,
+        sampler: AnySampler | None = None,
         generator: torch.Generator | None = None,
     ) -> Sample:
-        """Complete sequences given their prompts.
-
-        Args:
-            input_ids: (B, L) int64; only the prompt is read.
-            prompt_mask: True where a position is given, (B, L) bool.
-            sampler: Another sampler than the module's own.
-            generator: Source of all randomness, on the device of ``input_ids``.
-
-        Returns:
-            The completed sequences.
-        """
+        sampler = sampler or self.sampler
+        if not isinstance(sampler, Sampler):
+            raise ValueError(f"MaskedDiffusion fills in any order: give it a Sampler, not a {type(sampler).__name__}")
         xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
         with self.in_eval_mode():
-            return (sampler or self.sampler)(self, xt, self.mask_id, generator)
-
-    def evaluation_generator(self, *keys: int) -> torch.Generator:
-        """A generator that leaves those of training alone: the same numbers every time for the same keys."""
-        seed = derived_seed(self._sampling_seed, self.global_rank, *keys)
-        return torch.Generator(self.device).manual_seed(seed)
-
-
-def loader_suffix(trainer: pl.Trainer, dataloader_idx: int) -> str:
-    """What a metric's name ends in: nothing for the first set, which checkpoints can watch; ``/name`` for others."""
-    if dataloader_idx == 0:
-        return ""
-    names = getattr(trainer.datamodule, "test_names" if trainer.testing else "val_names", None)  # type: ignore[attr-defined]
-    return f"/{names[dataloader_idx] if names else dataloader_idx}"
+            return sampler(self, xt, self.mask_id, generator)

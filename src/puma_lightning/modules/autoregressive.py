@@ -1,0 +1,120 @@
+"""Autoregressive language models: the baseline from the left, and where diffusion models can start from."""
+
+import inspect
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from puma_lightning.data.base import Batch
+from puma_lightning.forward_process import NoMasking
+from puma_lightning.losses import next_token_cross_entropy, trained_positions
+from puma_lightning.models.transformer import KeyValueCache
+from puma_lightning.modules.generative import GenerativeModule
+from puma_lightning.optim import WarmupCosine
+from puma_lightning.sampling import AnySampler, LeftToRightSampler, Sample
+from puma_lightning.unmasking import exclude_token
+
+
+class AutoregressiveLM(GenerativeModule):
+    """A language model that predicts each token from those before it.
+
+    Trained on the answer up to and including its first EOS.
+
+    Args:
+        backbone: A causal module from token ids (B, L) int64 to logits of the *next* token (B, L, V), with an
+            attribute ``vocab_size``. If its ``forward`` takes a ``cache`` (see ``KeyValueCache``), sampling uses it.
+        mask_id: The mask token: never predicted, but part of the vocabulary, so that a diffusion model can be
+            initialised from this one. The command line links it to the DataModule's.
+        eos_id: The token that ends and pads an answer; null if there is none. Linked to the DataModule's.
+        sampler: How ``predict`` completes sequences.
+        optimizer: Called with the parameters.
+        scheduler: Called with the optimizer and stepped every optimizer step; null for a constant rate.
+        init_from: Weights to start training from (not a resume): a checkpoint, a folder with a Qwen2 model in
+            safetensors, or its name on the Hugging Face hub.
+
+    Raises:
+        ValueError: If the backbone has no ``vocab_size`` or is not causal, or an id is outside the vocabulary.
+    """
+
+    shifted = True
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        mask_id: int,
+        eos_id: int | None = None,
+        sampler: LeftToRightSampler = LeftToRightSampler(),  # noqa: B008 - holds no state
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01),
+        scheduler: LRSchedulerCallable | None = WarmupCosine,
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__(backbone, NoMasking(), mask_id, optimizer, scheduler, init_from)
+        if not getattr(backbone, "causal", True):
+            raise ValueError("AutoregressiveLM needs a backbone that sees earlier positions alone: set causal to true")
+        if eos_id is not None and (not 0 <= eos_id < self.vocab_size or eos_id == mask_id):
+            raise ValueError(
+                f"eos_id must be in 0..{self.vocab_size - 1} (vocabulary {self.vocab_size}) and not the mask token "
+                f"{mask_id}, got {eos_id}"
+            )
+        self.eos_id = eos_id
+        self.sampler = sampler
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Predict every token of the answers from those before it."""
+        loss, _ = self._loss(batch)
+        self.check_finite(loss)
+        self.stream.advance(loss.detach(), self.global_step)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def evaluation_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+        """The negative log-likelihood; its mean over batches weighs every token the same."""
+        loss, trained = self._loss(batch)
+        return loss, max(1, int(trained.sum()))
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        trained = trained_positions(batch["input_ids"], batch["prompt_mask"], self.eos_id)
+        return next_token_cross_entropy(self(batch["input_ids"]), batch["input_ids"], trained), trained
+
+    def sample(
+        self,
+        input_ids: Tensor,
+        prompt_mask: Tensor,
+        sampler: AnySampler | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Sample:
+        sampler = sampler or self.sampler
+        if not isinstance(sampler, LeftToRightSampler):
+            raise ValueError(
+                f"AutoregressiveLM writes from left to right: give it a LeftToRightSampler, not a "
+                f"{type(sampler).__name__}"
+            )
+        xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
+        with self.in_eval_mode():
+            return sampler(_Reader(self.backbone, self.mask_id, xt.shape[1]), xt, self.mask_id, self.eos_id, generator)
+
+
+class _Reader:
+    """Reads sequences piece by piece; predicts what comes next."""
+
+    def __init__(self, backbone: nn.Module, mask_id: int, length: int) -> None:
+        self.backbone = backbone
+        self.mask_id = mask_id
+        cached = "cache" in inspect.signature(backbone.forward).parameters
+        self.cache = KeyValueCache(length) if cached else None
+        self.seen: Tensor | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        if self.cache is not None:
+            logits = self.backbone(tokens, cache=self.cache)
+        else:
+            self.seen = tokens if self.seen is None else torch.cat([self.seen, tokens], dim=1)
+            logits = self.backbone(self.seen)
+        return exclude_token(logits[:, -1], self.mask_id)
+
+    def select(self, rows: Tensor) -> None:
+        if self.cache is not None:
+            self.cache.select(rows)
+        elif self.seen is not None:
+            self.seen = self.seen[rows]

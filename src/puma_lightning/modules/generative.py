@@ -1,0 +1,159 @@
+"""What every generative module has in common: evaluation, prediction, and logits aligned with positions."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from puma_lightning.data.base import Batch, check_batch
+from puma_lightning.modules.base import StreamedModule
+from puma_lightning.sampling import AnySampler, Sample
+from puma_lightning.sequences import derived_seed
+from puma_lightning.unmasking import exclude_token
+
+
+class GenerativeModule(StreamedModule):
+    """A ``StreamedModule`` that is judged by its likelihood and by what it generates.
+
+    Subclasses define ``training_step``, ``evaluation_loss`` and ``sample``.
+    """
+
+    sampler: AnySampler
+    _sampling_seed = 0
+
+    def setup(self, stage: str) -> None:
+        """Predictions follow the run's seed; evaluation draws the same numbers every time."""
+        super().setup(stage)
+        self._sampling_seed = self._shared_seed() if stage == "predict" else 0
+
+    def forward(self, xt: Tensor) -> Tensor:
+        """Predict every position, never as the mask token.
+
+        Args:
+            xt: Partly masked sequences, (B, L) int64.
+
+        Returns:
+            Logits aligned with positions, (B, L, V); -inf for the mask token.
+        """
+        return exclude_token(self.align(self.backbone(xt)), self.mask_id)
+
+    def align(self, outputs: Tensor) -> Tensor:
+        """The one place of the shift: what the backbone says about each position, at that position.
+
+        Args:
+            outputs: Hidden states or logits of the backbone, (B, L, D) or (B, L, V).
+
+        Returns:
+            The same; of a shifted backbone moved by one position. Nothing is said about position 0 then, so it
+            must be given; it keeps its own output.
+        """
+        return torch.cat([outputs[:, :1], outputs[:, :-1]], dim=1) if self.shifted else outputs
+
+    def preflight(self, batch: Batch) -> None:
+        """Check the shape of the logits on the first batch, and that a shifted model has where to start from."""
+        self.check_logits(batch, self(batch["xt"]))
+
+    def check_logits(self, batch: Batch, logits: Tensor) -> None:
+        """Check what the backbone made of a batch.
+
+        Raises:
+            ValueError: If the logits have another shape, or position 0 of a shifted model is not given.
+        """
+        expected = (*batch["xt"].shape, self.vocab_size)
+        if logits.shape != expected:
+            raise ValueError(f"the backbone must return logits (B, L, V) = {expected}, got {tuple(logits.shape)}")
+        if self.shifted and not batch["prompt_mask"][:, 0].all():
+            raise ValueError(
+                f"this {type(self).__name__} predicts each position at the one before it, so position 0 must be given "
+                "in every sequence; start them with a token such as EOS and set prompt_mask there"
+            )
+
+    def evaluation_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+        """The loss of a clean batch in nats per token, and its weight in the mean over batches."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log ``val/loss``, in nats per token. A batch of questions alone has none."""
+        self._evaluate("val", batch, batch_idx, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As in validation."""
+        self._evaluate("test", batch, batch_idx, dataloader_idx)
+
+    def _evaluate(self, stage: str, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
+        if is_questions(batch, self.mask_id):
+            return
+        batch = check_batch(batch, mask_id=self.mask_id, vocab_size=self.vocab_size)
+        loss, weight = self.evaluation_loss(batch, self.evaluation_generator(dataloader_idx, batch_idx))
+        name = f"{stage}/loss{loader_suffix(self.trainer, dataloader_idx)}"
+        self.log(name, loss, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True, add_dataloader_idx=False)
+
+    def on_validation_epoch_end(self) -> None:
+        """The perplexity, exp(val/loss); of a diffusion model a bound on it."""
+        self._log_perplexity("val")
+
+    def on_test_epoch_end(self) -> None:
+        """The perplexity, exp(test/loss); of a diffusion model a bound on it."""
+        self._log_perplexity("test")
+
+    def _log_perplexity(self, stage: str) -> None:
+        for name, loss in list(self.trainer.callback_metrics.items()):
+            if name.startswith(f"{stage}/loss"):
+                self.log(name.replace("/loss", "/perplexity"), loss.exp())
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Complete everything that is not prompt.
+
+        Returns:
+            ``{"tokens": (B, L), "reveal_step": (B, L), "nfe": (B,)}``, see ``Sample``.
+        """
+        batch = check_batch(batch, mask_id=self.mask_id, vocab_size=self.vocab_size, min_answer_length=0, clean=False)
+        sample = self.sample(
+            batch["input_ids"], batch["prompt_mask"], generator=self.evaluation_generator(dataloader_idx, batch_idx)
+        )
+        return {"tokens": sample.tokens, "reveal_step": sample.reveal_step, "nfe": sample.nfe}
+
+    def sample(
+        self,
+        input_ids: Tensor,
+        prompt_mask: Tensor,
+        sampler: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Sample:
+        """Complete sequences given their prompts.
+
+        Args:
+            input_ids: (B, L) int64; only the prompt is read.
+            prompt_mask: True where a position is given, (B, L) bool.
+            sampler: Another sampler than the module's own.
+            generator: Source of all randomness, on the device of ``input_ids``.
+
+        Returns:
+            The completed sequences.
+
+        Raises:
+            ValueError: If the sampler is not one for this kind of model.
+        """
+        raise NotImplementedError
+
+    def evaluation_generator(self, *keys: int) -> torch.Generator:
+        """A generator that leaves those of training alone: the same numbers every time for the same keys."""
+        seed = derived_seed(self._sampling_seed, self.global_rank, *keys)
+        return torch.Generator(self.device).manual_seed(seed)
+
+
+def is_questions(batch: Any, mask_id: int) -> bool:
+    """Whether a batch has prompts alone: every position that is not given is masked."""
+    if not isinstance(batch, dict) or not isinstance(batch.get("prompt_mask"), Tensor):
+        return False
+    answer = ~batch["prompt_mask"]
+    return bool(answer.any(1).all() and ((batch["input_ids"] == mask_id) | ~answer).all())
+
+
+def loader_suffix(trainer: pl.Trainer, dataloader_idx: int) -> str:
+    """What a metric's name ends in: nothing for the first set, which checkpoints can watch; ``/name`` for others."""
+    if dataloader_idx == 0:
+        return ""
+    names = getattr(trainer.datamodule, "test_names" if trainer.testing else "val_names", None)  # type: ignore[attr-defined]
+    return f"/{names[dataloader_idx] if names else dataloader_idx}"
