@@ -1,11 +1,11 @@
 """Weights of Hugging Face's Qwen2 and Qwen2.5 models, under the names of ``TransformerBackbone``."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -52,7 +52,7 @@ def _download(name: str) -> Path:
             snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
         )
     except Exception as error:
-        where = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "is the hub in reach, the name right?"
+        where = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "is the hub in reach, the name right?"
         raise ValueError(
             f"cannot get {name} from the Hugging Face hub ({type(error).__name__}; {where}); "
             "pass a local folder with its config.json and safetensors files instead"
