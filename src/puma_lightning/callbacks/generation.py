@@ -187,8 +187,9 @@ def arguments(metric: Metric) -> list[str]:
     return list(inspect.signature(metric.update).parameters)
 
 
-def decoded(tokens: Tensor, prompt_mask: Tensor, decode: Any) -> list[dict[str, str]]:
+def decoded(tokens: Tensor, prompt_mask: Tensor | None, decode: Any) -> list[dict[str, str]]:
     """The rows as text, by the ``decode`` of a DataModule; nothing if it has none."""
     if decode is None:
         return [{} for _ in tokens]
-    return [decode(row, given) for row, given in zip(tokens.cpu(), prompt_mask.cpu(), strict=True)]
+    given = [None] * len(tokens) if prompt_mask is None else prompt_mask.cpu()
+    return [decode(row, mask) for row, mask in zip(tokens.cpu(), given, strict=True)]

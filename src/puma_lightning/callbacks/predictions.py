@@ -70,11 +70,10 @@ class PredictionWriter(BasePredictionWriter):
 
     def _described(self, trainer: pl.Trainer, tokens: Tensor, batch: Any) -> list[dict[str, Any]]:
         """What can be said about each row beyond its tokens."""
-        if not isinstance(batch, dict) or "prompt_mask" not in batch:
-            return [{} for _ in tokens]
+        given = batch if isinstance(batch, dict) else {}
         decode = getattr(trainer.datamodule, "decode", None)  # type: ignore[attr-defined]
-        rows: list[dict[str, Any]] = list(decoded(tokens, batch["prompt_mask"], decode))
-        answers = batch.get("answer")
+        rows: list[dict[str, Any]] = list(decoded(tokens, given.get("prompt_mask"), decode))
+        answers = given.get("answer")
         if answers is not None:
             rows = [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
