@@ -1,5 +1,6 @@
-"""What every benchmark writes down besides its numbers: versions, the machine in words, the command line."""
+"""What benchmarks write down: versions, the machine in words, the command line, the curves of finished runs."""
 
+import csv
 import json
 import platform
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -38,3 +40,26 @@ def command_line() -> str:
 def write(path: Path, report: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    """Every validation metric of a run by the optimizer step it was taken after."""
+    found: dict[str, dict[int, float]] = {}
+    for row in csv.DictReader((folder / "metrics.csv").open()):
+        for name, value in row.items():
+            if name.startswith("val/") and value:
+                found.setdefault(name, {})[int(row["step"]) + 1] = float(value)
+    return found
+
+
+def settings(folder: Path) -> dict[str, object]:
+    """What the run was, without the paths of the machine it ran on."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    data = config["data"]["init_args"]
+    for name, value in data.items():
+        if name.endswith("_file") and value:
+            data[name] = [Path(path).name for path in ([value] if isinstance(value, str) else value)]
+    data.pop("cache_dir", None)
+    keys = ("max_steps", "gradient_clip_val")
+    trainer = {key: config["trainer"][key] for key in keys}
+    return {"seed": config["seed_everything"], "model": config["model"], "data": data, "trainer": trainer}

@@ -4,38 +4,13 @@ python benchmarks/sudoku_curves.py baseline=RUN_FOLDER puma=RUN_FOLDER
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
-import yaml
-from _report import environment, write
+from _report import curves, environment, settings, write
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def curves(folder: Path) -> dict[str, dict[int, float]]:
-    """Every validation metric of a run by the optimizer step it was taken after."""
-    found: dict[str, dict[int, float]] = {}
-    for row in csv.DictReader((folder / "metrics.csv").open()):
-        for name, value in row.items():
-            if name.startswith("val/") and value:
-                found.setdefault(name, {})[int(row["step"]) + 1] = float(value)
-    return found
-
-
-def settings(folder: Path) -> dict[str, object]:
-    """What the run was, without the paths of the machine it ran on."""
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    data = config["data"]["init_args"]
-    for name, value in data.items():
-        if name.endswith("_file") and value:
-            data[name] = [Path(path).name for path in ([value] if isinstance(value, str) else value)]
-    data.pop("cache_dir", None)
-    keys = ("max_steps", "gradient_clip_val")
-    trainer = {key: config["trainer"][key] for key in keys}
-    return {"seed": config["seed_everything"], "model": config["model"], "data": data, "trainer": trainer}
 
 
 def main() -> None:

@@ -7,7 +7,11 @@ from puma_lightning.callbacks import (
     UnmaskingTrajectory,
 )
 from puma_lightning.data.sudoku import SudokuDataModule
+from puma_lightning.data.text import TextDataModule
+from puma_lightning.data.tinygsm import TinyGSMDataModule
+from puma_lightning.data.words import WordProblemsDataModule
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
+from puma_lightning.metrics.programs import ProgramAccuracy
 from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import AutoregressiveLM, MaskedDiffusion
@@ -30,6 +34,7 @@ __all__ = [
     "MaskedDiffusion",
     "Policy",
     "PredictionWriter",
+    "ProgramAccuracy",
     "ProgressiveUnmasking",
     "RandomMasking",
     "RandomOrder",
@@ -38,8 +43,11 @@ __all__ = [
     "StepProgressBar",
     "SudokuDataModule",
     "SudokuSolved",
+    "TextDataModule",
+    "TinyGSMDataModule",
     "TransformerBackbone",
     "UnmaskingTrajectory",
     "WarmupCosine",
+    "WordProblemsDataModule",
     "reveal",
 ]

@@ -96,7 +96,7 @@ def model():
 def test_metrics_get_what_they_ask_for(tmp_path):
     callback = GenerationEvaluation({"text": Equal()}, [Sampler(), Sampler(tokens_per_step=2)], num_shown=1)
     trainer = run(tmp_path, [callback])
-    (texts, questions) = trainer.validate(model(), datamodule=Texts(), verbose=False)
+    (_texts, _questions) = trainer.validate(model(), datamodule=Texts(), verbose=False)
     for name in ("confidence_1", "confidence_2"):
         assert trainer.callback_metrics[f"val/text_accuracy/{name}/questions"] == pytest.approx(3 / 5)
         assert trainer.callback_metrics[f"val/text_length/{name}/questions"] == 1

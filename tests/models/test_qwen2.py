@@ -93,7 +93,7 @@ def test_padding_is_cut_off_and_another_vocabulary_refused(tmp_path, caplog, mon
         got, expected = ours.backbone(tokens().clamp_max(V - 4)), theirs(tokens().clamp_max(V - 4)).logits
         torch.testing.assert_close(got, expected[..., : V - 3], atol=1e-4, rtol=1e-4)
     monkeypatch.setattr("puma_lightning.checkpoints.MAX_PADDING", 2)
-    with pytest.raises(ValueError, match="rows for 40 tokens.*vocabulary has 37.*tokenizer"):
+    with pytest.raises(ValueError, match=r"rows for 40 tokens.*vocabulary has 37.*tokenizer"):
         causal_lm(vocab_size=V - 3).load_weights(str(tmp_path))
 
 
@@ -145,7 +145,7 @@ def test_damaged_and_missing_files(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         read_qwen2(str(cut))
     weights.unlink()
-    with pytest.raises(ValueError, match="expected weights at .*model.safetensors"):
+    with pytest.raises(ValueError, match=r"expected weights at .*model.safetensors"):
         read_qwen2(str(cut))
     (cut / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -165,7 +165,7 @@ def test_half_precision_weights_are_read(tmp_path):
 
 
 def test_a_name_that_is_nothing():
-    with pytest.raises(ValueError, match="expected a checkpoint, a folder .* found none at ./nowhere"):
+    with pytest.raises(ValueError, match=r"expected a checkpoint, a folder .* found none at ./nowhere"):
         read_qwen2("./nowhere")
 
 
@@ -174,7 +174,7 @@ def test_a_hub_out_of_reach_says_what_to_pass_instead(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("puma_lightning.models.qwen2.snapshot_download", unreachable)
-    with pytest.raises(ValueError, match="cannot get Qwen/Qwen2-0.5B .*ConnectionError.*pass a local folder"):
+    with pytest.raises(ValueError, match=r"cannot get Qwen/Qwen2-0.5B .*ConnectionError.*pass a local folder"):
         read_qwen2("Qwen/Qwen2-0.5B")
 
 

@@ -279,7 +279,7 @@ class TestInitialisation:
     def test_the_shift_must_be_kept(self, tmp_path):
         _, path = self.checkpoint(tmp_path)
         with pytest.raises(
-            ValueError, match="shifted = True, this model has False; set `model.init_args.shifted` to true"
+            ValueError, match=r"shifted = True, this model has False; set `model.init_args.shifted` to true"
         ):
             MaskedDiffusion(backbone(causal=False), MASK, init_from=path).load_weights(path)
 

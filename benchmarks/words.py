@@ -1,0 +1,106 @@
+"""Programs right over steps on the built-in word problems: five ways to train one model, several seeds.
+
+python benchmarks/words.py                      # 15 runs, two at a time; runs that are finished are not repeated
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from _report import command_line, curves, environment, settings, write
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+NAMES = {
+    "ar": "autoregressive",
+    "mdm": "MDM",
+    "puma": "PUMA",
+    "mdm_from_ar": "AR → MDM",
+    "puma_from_ar": "AR → PUMA",
+}
+
+
+def run_folder(folder: Path, name: str, seed: int) -> Path:
+    return folder / f"{name}_{seed}" / "runs" / "words" / name / "version_0"
+
+
+def train(name: str, seed: int, folder: Path, threads: int, flags: list[str]) -> None:
+    """One run through the public command line, unless it is there."""
+    target = folder / f"{name}_{seed}"
+    if (target / "done").exists():
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    config = ROOT / "configs" / "words" / f"{name}.yaml"
+    command = [sys.executable, "-m", "puma_lightning", "fit", "--config", str(config), "--seed_everything", str(seed)]
+    if name.endswith("from_ar"):
+        start = run_folder(folder, "ar", seed) / "checkpoints" / "last.ckpt"
+        command += ["--model.init_args.init_from", str(start.absolute())]
+    command += ["--trainer.enable_progress_bar", "false", *flags]
+    print(f"{name}, seed {seed}", flush=True)
+    with (target / "log.txt").open("w") as log:
+        environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=target)
+    (target / "done").touch()
+
+
+def accuracy(folder: Path) -> dict[int, float]:
+    """The share of right programs by optimizer step."""
+    (metric,) = (name for name in curves(folder) if name.startswith("val/program_accuracy/"))
+    return curves(folder)[metric]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--names", nargs="+", choices=list(NAMES), default=list(NAMES))
+    parser.add_argument("--folder", type=Path, default=Path("runs/words_seeds"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "words.json")
+    options, flags = parser.parse_known_args()
+
+    for names in ([n for n in options.names if "from" not in n], [n for n in options.names if "from" in n]):
+        with ThreadPoolExecutor(options.jobs) as pool:
+            jobs = [
+                pool.submit(train, name, seed, options.folder, options.threads, flags)
+                for seed in options.seeds
+                for name in names
+            ]
+            for job in jobs:
+                job.result()
+
+    runs: dict[str, Any] = {}
+    for name in options.names:
+        folders = {seed: run_folder(options.folder, name, seed) for seed in options.seeds}
+        runs[name] = {
+            "settings": settings(folders[options.seeds[0]]),
+            "seeds": {seed: curves(folder) for seed, folder in folders.items()},
+        }
+    write(options.out, {"command": command_line(), **environment(), "runs": runs})
+
+    figure = Figure(figsize=(6, 3.6), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    for name in options.names:
+        by_seed = [accuracy(run_folder(options.folder, name, seed)) for seed in options.seeds]
+        steps = sorted(by_seed[0])
+        columns = [[seed[step] for seed in by_seed] for step in steps]
+        (line,) = axis.plot(steps, [statistics.mean(c) for c in columns], marker="o", markersize=3, label=NAMES[name])
+        axis.fill_between(steps, list(map(min, columns)), list(map(max, columns)), alpha=0.15, color=line.get_color())
+        cells = [f"{statistics.mean(c):6.1%} ({min(c):.1%} to {max(c):.1%})" for c in columns]
+        print(f"{NAMES[name]:<16}" + "  ".join(f"{step:>6}: {cell}" for step, cell in zip(steps, cells, strict=True)))
+    axis.set(xlabel="optimizer steps", ylabel="programs right", ylim=(0, 1))
+    axis.set_title("Built-in word problems, mean and range of the seeds", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

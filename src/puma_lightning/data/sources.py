@@ -1,0 +1,179 @@
+"""Rows of text from files or from the Hugging Face hub, through the ``datasets`` library."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_SMALL = 64 * 2**20  # bytes read too fast for a progress bar
+_SECONDS_TO_REACH_THE_HUB = 5
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of one set are.
+
+    Args:
+        argument: Name of the argument it came from, for messages.
+        files: Absolute paths; empty for a data set on the hub.
+        kind: What ``datasets`` calls the files' format.
+        hub: Name, configuration and split on the hub.
+    """
+
+    argument: str
+    files: tuple[Path, ...] = ()
+    kind: str = ""
+    hub: tuple[str, str | None, str] = ("", None, "")
+
+    def identity(self) -> dict[str, object]:
+        """What changes when the rows do."""
+        if not self.files:
+            return {"hub": list(self.hub)}
+        status = [(str(file), file.stat()) for file in self.files]
+        return {"files": [[name, each.st_size, each.st_mtime_ns] for name, each in status]}
+
+    def load(self, cache_dir: Path, text_unit: str = "line") -> Dataset:
+        """Reads the rows; ``datasets`` keeps them in its own format in ``cache_dir``.
+
+        Raises:
+            ValueError: If the files can't be read or hold nothing, or the hub has no such data set or is out of reach.
+        """
+        import datasets
+
+        if not self.files:
+            name, config, split = self.hub
+            with from_hub(self.argument, name, f"local files ({', '.join(KINDS)})"):
+                return datasets.load_dataset(name, config, split=split, cache_dir=str(cache_dir))
+        size = sum(file.stat().st_size for file in self.files)
+        if not size:
+            raise ValueError(f"{self.argument}: expected rows, got the empty file {self.files[0]}")
+        options: dict[str, Any] = {"sample_by": text_unit} if self.kind == "text" else {}
+        if _ending(self.files[0]) == ".tsv":
+            options["sep"] = "\t"
+        with _quiet(size < _SMALL):
+            try:
+                rows = datasets.load_dataset(
+                    self.kind, data_files=list(map(str, self.files)), split="train", cache_dir=str(cache_dir), **options
+                )
+            except Exception as error:  # whatever the readers of the formats raise
+                reason = error.__cause__ or error
+                raise ValueError(
+                    f"{self.argument}: expected rows in {self.kind} format in {', '.join(map(str, self.files))}, got: "
+                    f"{str(reason) or 'no rows'}"
+                ) from error
+        return rows
+
+
+def find_source(argument: str, given: str | list[str], split: str) -> Source:
+    """Returns where an argument's rows are; nothing is read yet.
+
+    Args:
+        argument: Its name.
+        given: A file, a glob, a list of these, or ``NAME[:CONFIG[:SPLIT]]`` on the hub.
+        split: The split of a data set on the hub that names none.
+
+    Raises:
+        ValueError: If there is no such file, or its format is unknown.
+    """
+    names = [given] if isinstance(given, str) else given
+    if isinstance(given, str) and not _looks_local(given):
+        name, config, own_split, *_ = [*given.split(":", 2), "", ""]
+        return Source(argument, hub=(name, config or None, own_split or split))
+    files: list[Path] = []
+    for name in names:
+        path = os.path.abspath(os.path.expanduser(name))
+        found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        if not found:
+            hint = (
+                f"give its files, for example {name.rstrip('/')}/*.jsonl" if os.path.isdir(path) else "check the path"
+            )
+            raise ValueError(f"{argument}: expected a file, found none at {path}; {hint}")
+        files += map(Path, found)
+    if not files:
+        raise ValueError(f"{argument}: expected a file or a data set on the hub, got an empty list")
+    kinds, endings = {_kind(file) for file in files}, {_ending(file) for file in files}
+    if len(kinds) > 1 or None in kinds or (".tsv" in endings and len(endings) > 1):
+        raise ValueError(
+            f"{argument}: expected files of one format ({', '.join(KINDS)}, also compressed as .gz), got "
+            f"{sorted(endings)}"
+        )
+    return Source(argument, tuple(files), str(kinds.pop()))
+
+
+def _looks_local(name: str) -> bool:
+    path = Path(name).expanduser()
+    rooted = path.is_absolute() or name.startswith((".", "~"))
+    return rooted or path.exists() or _kind(path) is not None or any(sign in name.split(":")[0] for sign in "*?")
+
+
+def _kind(file: Path) -> str | None:
+    return KINDS.get(_ending(file))
+
+
+def _ending(file: Path) -> str:
+    return Path(file.stem).suffix if file.suffix in _COMPRESSED else file.suffix
+
+
+@contextmanager
+def _quiet(small: bool) -> Iterator[None]:
+    """Without progress bars for what takes no time."""
+    import datasets
+
+    bars = not datasets.are_progress_bars_disabled()
+    if small:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if small and bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def from_hub(argument: str, name: str, instead: str) -> Iterator[None]:
+    """Downloads inside are quick to fail without a network, take what was downloaded before, and say what to do.
+
+    Raises:
+        ValueError: If a download fails, with the argument and what to give instead.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE or not _hub_answers()
+    try:
+        # Left to themselves the libraries try again for half a minute, and only then look into their caches.
+        with (
+            patch.object(constants, "HF_HUB_OFFLINE", offline),
+            patch.object(datasets.config, "HF_HUB_OFFLINE", offline),
+        ):
+            yield
+    except Exception as error:
+        state = "the Hugging Face hub can't be reached" if offline else "loading it from the Hugging Face hub failed"
+        if constants.HF_HUB_OFFLINE:
+            state = "HF_HUB_OFFLINE is set"
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{argument}: found no file {name!r}, and {state} ({type(error).__name__}: {reason}); "
+            f"give {instead} instead"
+        ) from error
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS_TO_REACH_THE_HUB)
+    except Exception:
+        return False
+    return True

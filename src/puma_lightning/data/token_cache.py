@@ -1,0 +1,237 @@
+"""Fixed-length sequences on disk: memory-mapped tokens, named by a hash of all that determines them."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import rank_zero_warn
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, default_collate
+
+# Raise it when the same recipe gives other sequences than before.
+_VERSION = 1
+_META = "meta.json"
+_ANSWERS = "answers.json"
+
+
+class TokenDataset(Dataset[dict[str, Any]]):
+    """Sequences of a cache folder. Processes share the memory; only the path is sent to a DataLoader's workers.
+
+    Args:
+        folder: What ``cached`` made.
+
+    Attributes:
+        counts: How many rows or sequences were skipped, truncated or left over, by reason.
+        rows: Number of rows that the sequences were made from.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        meta = json.loads((folder / _META).read_text())
+        self.counts: dict[str, int] = meta["counts"]
+        self.rows: int = meta["rows"]
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        self._prompt = np.load(folder / "prompt.npy", mmap_mode="r")
+        self._end = np.load(folder / "end.npy", mmap_mode="r")
+        answers = folder / _ANSWERS
+        self._answers: list[str] | None = json.loads(answers.read_text()) if answers.exists() else None
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One item, ``(L,)`` tensors."""
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        """A whole batch, ``(B, L)`` tensors (and a list of B answers), which ``collate`` passes on."""
+        rows = np.asarray(indices)
+        tokens = self._tokens[rows].astype(np.int64)
+        position = np.arange(tokens.shape[1])
+        given = (position < self._prompt[rows, None]) | (position >= self._end[rows, None])
+        batch: dict[str, Any] = {"input_ids": torch.from_numpy(tokens), "prompt_mask": torch.from_numpy(given)}
+        if self._answers is not None:
+            batch["answer"] = [self._answers[row] for row in rows]
+        return batch
+
+    def __getstate__(self) -> Path:
+        return self.folder
+
+    def __setstate__(self, folder: Path) -> None:
+        self.__init__(folder)  # type: ignore[misc]
+
+
+def collate(items: Any) -> Any:
+    """For a DataLoader over a ``TokenDataset``, which returns batches already."""
+    return default_collate(items) if isinstance(items, list) else items
+
+
+class TokenWriter:
+    """Appends sequences to a cache folder that is being made.
+
+    Args:
+        folder: Where.
+        length: L.
+        vocab_size: V; decides between 16 and 32 bits for each token.
+
+    Attributes:
+        counts: To be filled by reason; kept with the sequences.
+        rows: To be set to the number of rows read.
+    """
+
+    def __init__(self, folder: Path, length: int, vocab_size: int) -> None:
+        self.folder = folder
+        self.counts: Counter[str] = Counter()
+        self.rows = 0
+        position = np.min_scalar_type(length)
+        self._types = {
+            "tokens": (np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32), (length,)),
+            "prompt": (position, ()),
+            "end": (position, ()),
+        }
+        self._length = 0
+        self._answers: list[str] | None = None
+        self._stack = ExitStack()
+        self._files: dict[str, BinaryIO] = {
+            name: self._stack.enter_context((folder / f"{name}.npy").open("wb")) for name in self._types
+        }
+        self._write_headers()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def write(
+        self,
+        tokens: NDArray[Any],
+        prompt: NDArray[Any],
+        end: NDArray[Any],
+        answers: Sequence[str] | None = None,
+    ) -> None:
+        """Append n sequences.
+
+        Args:
+            tokens: Token ids ``(n, L)``.
+            prompt: Number of given positions at the start ``(n,)``.
+            end: Where positions are given again ``(n,)``; L if nowhere.
+            answers: n gold answers.
+        """
+        for name, values in (("tokens", tokens), ("prompt", prompt), ("end", end)):
+            # Written, not mapped: mapped pages would count as this process's memory.
+            self._files[name].write(np.ascontiguousarray(values, self._types[name][0]).data)
+        self._length += len(tokens)
+        if answers is not None:
+            self._answers = [*(self._answers or ()), *answers]
+
+    def close(self, recipe: Mapping[str, object]) -> None:
+        """Complete the folder."""
+        self._write_headers()
+        self._stack.close()
+        if self._answers is not None:
+            (self.folder / _ANSWERS).write_text(json.dumps(self._answers))
+        sizes = {file.name: file.stat().st_size for file in self.folder.iterdir()}
+        meta = {"recipe": recipe, "rows": self.rows, "counts": self.counts, "sizes": sizes}
+        (self.folder / _META).write_text(json.dumps(meta, indent=1))
+
+    def abort(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+    def _write_headers(self) -> None:
+        # numpy leaves room for any length, so the header keeps its size.
+        for name, (dtype, shape) in self._types.items():
+            self._files[name].seek(0)
+            header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": (self._length, *shape)}
+            npy.write_array_header_1_0(self._files[name], header)
+
+
+def cached(
+    folder: Path, recipe: Mapping[str, object], length: int, vocab_size: int, build: Callable[[TokenWriter], None]
+) -> TokenDataset:
+    """Returns the sequences of a recipe, from disk if they were made before.
+
+    A cache that was cut off, or that is not what its name says, is made again with a notice; contents of the right
+    size are not read through. Processes may do this at the same time: each writes a folder of its own, and the first
+    to finish is kept.
+
+    Args:
+        folder: Where the cache is; made if absent.
+        recipe: All that the sequences depend on, in JSON's types.
+        length: L.
+        vocab_size: V.
+        build: Writes the sequences; called if there are none yet, or damaged ones.
+    """
+    text = json.dumps({"version": _VERSION, "length": length, **recipe}, sort_keys=True)
+    path = folder / f"tokens-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+    recipe = json.loads(text)
+    if path.exists():
+        if (problem := _problem(path, recipe)) is None:
+            return TokenDataset(path)
+        rank_zero_warn(f"{path}: damaged cache ({problem}); building it again")
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    temporary = folder / f"{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir()
+    writer = TokenWriter(temporary, length, vocab_size)
+    try:
+        build(writer)
+        writer.close(recipe)
+        _publish(temporary, path, recipe)
+    finally:
+        writer.abort()
+        shutil.rmtree(temporary, ignore_errors=True)
+    return TokenDataset(path)
+
+
+def _problem(path: Path, recipe: Mapping[str, object]) -> str | None:
+    """What is wrong with a finished cache; None if nothing is."""
+    try:
+        meta = json.loads((path / _META).read_text())
+        if meta["recipe"] != recipe:
+            return "made by another recipe, for example another tokenizer"
+        for name, size in meta["sizes"].items():
+            if (found := (path / name).stat().st_size) != size:
+                return f"{name} has {found:,} bytes instead of {size:,}"
+        TokenDataset(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _publish(temporary: Path, path: Path, recipe: Mapping[str, object]) -> None:
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        if path.is_dir() and _problem(path, recipe) is None:
+            return  # another process was faster
+        os.rename(path, temporary.with_suffix(".old.tmp"))
+        os.rename(temporary, path)
+        shutil.rmtree(temporary.with_suffix(".old.tmp"), ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what killed processes of this machine left behind."""
+    for leftover in folder.glob(f"tokens-*.{socket.gethostname()}.*.tmp"):
+        process = leftover.name.removesuffix(".tmp").split(f".{socket.gethostname()}.")[1].split(".")[0]
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

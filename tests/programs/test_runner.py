@@ -1,0 +1,207 @@
+"""Hostile programs are wrong, cost no more than their limits, and change nothing outside their process."""
+
+import gc
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from puma_lightning.programs import parse_number, run_programs, same_number
+from puma_lightning.programs import runner as runner_module
+
+spec = importlib.util.spec_from_file_location("attacks", Path(__file__).with_name("attacks.py"))
+attacks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(attacks)
+ATTACKS = attacks.ATTACKS
+
+GOOD = "def simple_math_problem():\n    return 6 * 7\n"
+PROGRAMS = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train_programs.jsonl"
+WORKER = Path(runner_module.__file__).with_name("worker.py")
+
+
+def body(*lines: str) -> str:
+    return "def simple_math_problem():\n" + "".join(f"    {line}\n" for line in lines)
+
+
+def workers_alive() -> list[str]:
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            commands.append(path.read_bytes().decode(errors="replace"))
+        except OSError:
+            continue
+    return [command for command in commands if str(WORKER) in command]
+
+
+def surroundings() -> tuple[dict[str, str], str, int]:
+    """Environment, folder and number of open files of this process."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return environment, os.getcwd(), len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+
+
+@pytest.fixture
+def nothing_changes(tmp_path, monkeypatch):
+    """The process, its folder and /tmp/sentinel are afterwards as they were."""
+    monkeypatch.chdir(tmp_path)
+    sentinels = [Path("/tmp/sentinel"), tmp_path / "sentinel"]
+    before = surroundings()
+    yield
+    gc.collect()
+    assert surroundings() == before
+    assert not any(path.exists() for path in sentinels)
+    assert not workers_alive()
+
+
+def test_there_are_enough_attacks() -> None:
+    assert len(ATTACKS) >= 100
+
+
+def test_every_attack_fails(nothing_changes) -> None:
+    names = list(ATTACKS)
+    texts = [text for name in names for text in (ATTACKS[name], GOOD)]
+    start = time.monotonic()
+    runs = run_programs(texts, timeout=0.5, memory_mb=128, workers=2)
+    assert time.monotonic() - start < 60
+    assert [run.result for run in runs[1::2]] == [42] * len(names)  # and the pool went on
+    right = {name: run for name, run in zip(names, runs[::2], strict=True) if same_number(run.result, 42)}
+    assert not right
+    assert all(len(str(run.result)) < 2000 and len(run.error) < 2000 for run in runs)
+
+
+def test_attacks_end_as_they_should() -> None:
+    names = ["loop catching everything", "str bomb", "os._exit", "smuggled os.write", "gi_frame", "empty", "null byte"]
+    runs = run_programs([ATTACKS[name] for name in names], timeout=0.5, memory_mb=128)
+    outcomes = {name: run.outcome for name, run in zip(names, runs, strict=True)}
+    assert outcomes == {
+        "loop catching everything": "timed_out",
+        "str bomb": "crashed",
+        "os._exit": "crashed",
+        "smuggled os.write": "crashed",
+        "gi_frame": "crashed",
+        "empty": "unparsable",
+        "null byte": "unparsable",
+    }
+    assert "forbidden: import os" in runs[2].error and "forbidden" in runs[4].error
+
+
+@pytest.mark.parametrize(
+    ("lines", "result"),
+    [
+        (["return 42"], 42),
+        (["return 41.5 + 0.5"], 42.0),
+        (["return '$1,234'"], "$1,234"),
+        (["from fractions import Fraction", "return Fraction(85, 2)"], 42.5),
+        (["from decimal import Decimal", "return Decimal('42.5')"], 42.5),
+        (["from collections import namedtuple", "return namedtuple('P', 'x')(42).x"], 42),
+        (["from datetime import datetime", "return datetime.strptime('2024-03-02', '%Y-%m-%d').day"], 2),
+        (["from datetime import date", "return int(date.today().year > 2000)"], 1),
+        (["from dataclasses import dataclass", "@dataclass", "class A:", "    x: int", "return A(42).x"], 42),
+        (["from enum import Enum", "return Enum('E', 'a b').b.value"], 2),
+        (["from typing import NamedTuple, List", "class A(NamedTuple):", "    x: int", "return A(42).x"], 42),
+        (["import statistics, math, re", "return math.comb(5, 2) + statistics.mean([1, 3])"], 12),
+        (["import functools", "@functools.lru_cache(None)", "def f(n):",
+          "    return n if n < 2 else f(n - 1) + f(n - 2)", "print('working')", "return f(50)"], 12586269025),
+        (["return {1: 42}"], "<dict>"),
+        (["return '\\d'"], "\\d"),
+    ],
+)  # fmt: skip
+def test_ordinary_programs(lines: list[str], result: object) -> None:
+    (run,) = run_programs([body(*lines)])
+    assert (run.outcome, run.result) == ("ok", result), run.error
+    assert type(run.result) is type(result)
+
+
+def test_a_program_finds_no_trace_of_the_one_before(nothing_changes) -> None:
+    leave = body("import math, typing", "math.pi = 3", "print.__self__.len = None", "typing.left = 1", "return math.pi")
+    look = body("import math, typing", "return len([hasattr(typing, 'left'), math.pi == 3].__repr__())")
+    runs = run_programs([leave, look] * 4, workers=1)
+    assert [run.result for run in runs] == [3, len("[False, False]")] * 4
+
+
+def test_results_are_repeatable() -> None:
+    draw = body("import random", "return random.random() + hash('a')")
+    assert len({run.result for run in run_programs([draw] * 20, workers=2)}) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="seccomp is of Linux")
+def test_the_kernel_kills_a_child_that_gets_past_the_hook() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(WORKER.parent)!r}); import worker, os; "
+        "worker._syscall_filter(worker._prctl())(); os.write(1, b'in'); os.getppid(); os.write(1, b'out')"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], stdout=subprocess.PIPE, check=False)
+    assert done.stdout == b"in" and done.returncode == -31  # SIGSYS
+
+
+@pytest.mark.parametrize("module", ["puma_lightning", "torch", "site"])
+def test_the_worker_imports_nothing_of_the_trainer(module: str) -> None:
+    imports = re.findall(r"^(?:from|import) (\w+)", WORKER.read_text(), re.M)
+    assert module not in imports and set(imports) <= sys.stdlib_module_names
+
+
+def test_a_stuck_or_killed_worker_is_replaced(monkeypatch: pytest.MonkeyPatch, nothing_changes) -> None:
+    judge, asked = runner_module._ask, []
+
+    def kill_first(worker, source):
+        asked.append(worker.pid)
+        if len(asked) == 2:
+            worker.kill()
+        return judge(worker, source)
+
+    monkeypatch.setattr(runner_module, "_ask", kill_first)
+    runs = run_programs([GOOD] * 4, workers=1)
+    assert [run.outcome for run in runs] == ["ok", "crashed", "ok", "ok"]
+    assert len(set(asked)) == 2
+
+
+def test_an_interrupt_ends_the_workers(monkeypatch: pytest.MonkeyPatch, nothing_changes) -> None:
+    def interrupt(*args, **options):
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner_module, "tqdm", interrupt)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_programs([body("while True: pass")] * 20, timeout=30, workers=2)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_programs_die_with_the_trainer(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, threading; from puma_lightning.programs import run_programs; "
+        "threading.Timer(1, os._exit, [0]).start(); "
+        f"run_programs([{body('while True: pass')!r}] * 20, timeout=60, workers=2)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False, timeout=30)
+    deadline = time.monotonic() + 5
+    while workers_alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not workers_alive()
+
+
+def test_a_python_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match=r"expected a worker for programs to start.*check that /bin/false"):
+        run_programs([GOOD])
+
+
+@pytest.mark.parametrize("size", [300, pytest.param(7001, marks=pytest.mark.slow)])
+@pytest.mark.skipif(not PROGRAMS.exists(), reason="needs the GSM8K programs")
+def test_programs_of_gsm8k_are_right_and_altered_ones_wrong(size: int) -> None:
+    rows = [json.loads(line) for line in PROGRAMS.read_text().splitlines()[:size]]
+    golds = [parse_number(row["answer"]) for row in rows]
+    codes = [row["code"] for row in rows]
+    altered = [re.sub(r"\n    return (\w+)\n$", r"\n    return \1 + 1\n", code) for code in codes]
+    assert all(one != other for one, other in zip(codes, altered, strict=True))
+    for texts, share in ((codes, 1), (altered, 0)):
+        runs = run_programs(texts)
+        right = [same_number(run.result, gold) for run, gold in zip(runs, golds, strict=True)]
+        assert sum(right) == share * len(rows)
+        assert {run.outcome for run in runs} == {"ok"}
