@@ -209,9 +209,9 @@ class TestSampling:
 
     def test_each_model_asks_for_its_own_sampler(self):
         x0, prompt = self.batch(0)
-        with pytest.raises(ValueError, match="LeftToRightSampler, not a Sampler"):
+        with pytest.raises(ValueError, match="with a LeftToRightSampler, got a Sampler"):
             AutoregressiveLM(backbone(), MASK, EOS).sample(x0, prompt, Sampler())
-        with pytest.raises(ValueError, match="Sampler, not a LeftToRightSampler"):
+        with pytest.raises(ValueError, match="with a Sampler, got a LeftToRightSampler"):
             MaskedDiffusion(backbone(causal=False), MASK).sample(x0, prompt, LeftToRightSampler())
 
 

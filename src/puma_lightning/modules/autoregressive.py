@@ -38,6 +38,7 @@ class AutoregressiveLM(GenerativeModule):
     """
 
     shifted = True
+    sampler_class = LeftToRightSampler
 
     def __init__(
         self,
@@ -85,11 +86,8 @@ class AutoregressiveLM(GenerativeModule):
         generator: torch.Generator | None = None,
     ) -> Sample:
         sampler = sampler or self.sampler
-        if not isinstance(sampler, LeftToRightSampler):
-            raise ValueError(
-                f"AutoregressiveLM writes from left to right: give it a LeftToRightSampler, not a "
-                f"{type(sampler).__name__}"
-            )
+        self.check_sampler(sampler)
+        assert isinstance(sampler, LeftToRightSampler)
         xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
         with self.in_eval_mode():
             return sampler(_Reader(self.backbone, self.mask_id, xt.shape[1]), xt, self.mask_id, self.eos_id, generator)

@@ -20,6 +20,7 @@ class GenerativeModule(StreamedModule):
     """
 
     sampler: AnySampler
+    sampler_class: type[AnySampler]
     _sampling_seed = 0
 
     def setup(self, stage: str) -> None:
@@ -51,8 +52,29 @@ class GenerativeModule(StreamedModule):
         return torch.cat([outputs[:, :1], outputs[:, :-1]], dim=1) if self.shifted else outputs
 
     def preflight(self, batch: Batch) -> None:
-        """Check the shape of the logits on the first batch, and that a shifted model has where to start from."""
+        """Check the samplers, and what the backbone makes of the first batch."""
+        for sampler in self.all_samplers():
+            self.check_sampler(sampler)
         self.check_logits(batch, self(batch["xt"]))
+
+    def all_samplers(self) -> list[AnySampler]:
+        """The module's own and those of the callbacks."""
+        samplers = [self.sampler]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            samplers += getattr(callback, "samplers", [getattr(callback, "sampler", self.sampler)])
+        return samplers
+
+    def check_sampler(self, sampler: AnySampler) -> None:
+        """Check that a sampler is one for this kind of model.
+
+        Raises:
+            ValueError: If not; names the right one.
+        """
+        if not isinstance(sampler, self.sampler_class):
+            raise ValueError(
+                f"{type(self).__name__} is sampled from with a {self.sampler_class.__name__}, "
+                f"got a {type(sampler).__name__}"
+            )
 
     def check_logits(self, batch: Batch, logits: Tensor) -> None:
         """Check what the backbone made of a batch.

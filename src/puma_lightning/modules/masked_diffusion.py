@@ -31,6 +31,8 @@ class MaskedDiffusion(GenerativeModule):
         ValueError: If the backbone has no ``vocab_size`` or is causal, or ``mask_id`` is outside the vocabulary.
     """
 
+    sampler_class = Sampler
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -66,9 +68,10 @@ class MaskedDiffusion(GenerativeModule):
         xt = batch["xt"]
         logits = self(xt)
         self.check_logits(batch, logits)
-        parts = [self.forward_process, self.sampler]
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            parts += getattr(callback, "samplers", [getattr(callback, "sampler", None)])
+        samplers = self.all_samplers()
+        for sampler in samplers:
+            self.check_sampler(sampler)
+        parts: list[object] = [self.forward_process, *samplers]
         for policy in [part.policy for part in parts if hasattr(part, "policy")]:
             scores = policy(logits, xt)
             if scores.shape != xt.shape:
@@ -95,8 +98,8 @@ class MaskedDiffusion(GenerativeModule):
         generator: torch.Generator | None = None,
     ) -> Sample:
         sampler = sampler or self.sampler
-        if not isinstance(sampler, Sampler):
-            raise ValueError(f"MaskedDiffusion fills in any order: give it a Sampler, not a {type(sampler).__name__}")
+        self.check_sampler(sampler)
+        assert isinstance(sampler, Sampler)
         xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
         with self.in_eval_mode():
             return sampler(self, xt, self.mask_id, generator)

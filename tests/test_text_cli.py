@@ -1,0 +1,156 @@
+"""The text configs, run in process as a user would run them: five ways to train one model."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from puma_lightning import AutoregressiveLM, MaskedDiffusion, TransformerBackbone
+from puma_lightning.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = [
+    "--model.init_args.backbone.init_args.hidden_size=16",
+    "--model.init_args.backbone.init_args.intermediate_size=16",
+    "--model.init_args.backbone.init_args.num_layers=1",
+    "--model.init_args.backbone.init_args.num_heads=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.precision=32-true",
+]
+WORDS = [
+    "--data.num_train=60",
+    "--data.num_val=6",
+    "--data.num_test=5",
+    "--data.batch_size=4",
+    "--data.eval_batch_size=4",
+    "--data.vocab_size=300",
+    "--data.sequence_length=256",
+    "--model.init_args.backbone.init_args.max_length=256",
+]
+NAMES = ("ar", "mdm", "puma", "mdm_from_ar", "puma_from_ar")
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def tinygsm_files():
+    """Rows in TinyGSM's and GSM8K's format, and flags that put them in the place of the hub's."""
+    program = "def simple_math_problem() -> int:\n    result = {0} + 1\n    return result\n"
+    rows = [{"question": f"What comes after {i}?", "code": program.format(i)} for i in range(40)]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gold = [{"question": f"What comes after {i}?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(50, 53)]
+    Path("gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold))
+    return [
+        "--data.train_file=train.jsonl", "--data.gsm8k_file=gsm8k.jsonl", "--data.tokenizer=null",
+        "--data.mask_token=<|mask|>", "--data.vocab_size=300", "--data.sequence_length=96", "--data.num_val=4",
+        "--data.batch_size=4", "--data.eval_batch_size=4", "--data.num_workers=0",
+    ]  # fmt: skip
+
+
+def start_weights(**changes):
+    """An autoregressive checkpoint of the size of `SMALL`."""
+    sizes = dict(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, qkv_bias=True, tie_embeddings=True)
+    backbone = TransformerBackbone(300, causal=True, **{**sizes, **changes})
+    torch.save({"state_dict": AutoregressiveLM(backbone, 1, 0).state_dict()}, "ar.ckpt")
+    return ["--model.init_args.init_from=ar.ckpt"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", ["tinygsm", "words"])
+def test_every_config_runs(scale, name):
+    options = tinygsm_files() if scale == "tinygsm" else WORDS
+    if name.endswith("from_ar"):
+        options = options + start_weights()
+    main(["fit", "--config", str(CONFIGS / scale / f"{name}.yaml"), *SMALL, *options, "--trainer.fast_dev_run=2"])
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("scale", ["tinygsm", "words"])
+def test_configs_differ_in_what_they_are_named_for_only(scale):
+    configs = {name: yaml.safe_load((CONFIGS / scale / f"{name}.yaml").read_text()) for name in NAMES}
+    for name, config in configs.items():
+        model = config["model"]["init_args"]
+        assert (model.get("init_from") is not None) == model.get("shifted", False) == name.endswith("from_ar")
+        for key in ("init_from", "shifted"):
+            model.pop(key, None)
+        process = model.pop("forward_process", {}).get("class_path")
+        assert process == (None if name == "ar" else "RandomMasking" if "mdm" in name else "ProgressiveUnmasking")
+        assert model["backbone"]["init_args"].pop("causal") == (name == "ar")
+        for logger in config["trainer"]["logger"]:
+            assert logger["init_args"].pop("name") == f"{scale}/{name}"
+    assert all(configs[name] == configs["mdm"] for name in NAMES if name != "ar")
+    for part in (configs["ar"], configs["mdm"]):
+        del part["model"]["class_path"], part["model"]["init_args"]["sampler"]
+        callbacks = part["trainer"]["callbacks"]
+        part["trainer"]["callbacks"] = [c for c in callbacks if "monitor" not in c.get("init_args", {})]
+        del part["trainer"]["callbacks"][0]["init_args"]["samplers"]
+    assert configs["ar"] == configs["mdm"]
+
+
+def fit(name, *options):
+    """A config of the words, but 2 steps, validated and saved after both."""
+    text = (CONFIGS / "words" / f"{name}.yaml").read_text()
+    for key, value in (("max_steps", 1200), ("val_check_interval", 300), ("every_n_train_steps", 300)):
+        assert f"{key}: {value}" in text
+        text = text.replace(f"{key}: {value}", f"{key}: 2")
+    Path(f"{name}.yaml").write_text(text)
+    main(["fit", "--config", f"{name}.yaml", *SMALL, *WORDS, *options])
+    return Path("runs/words") / name / "version_0"
+
+
+def test_from_autoregressive_weights_to_judged_predictions(capsys):
+    ar = fit("ar")
+    run = fit("puma_from_ar")  # finds the other's checkpoint by its place
+    said = capsys.readouterr().out
+    assert "left_to_right        program_accuracy" in said and "confidence_2         program_accuracy" in said
+    text = (run / "samples.md").read_text()
+    assert "## Step 2" in text and "### confidence_2 1, " in text and "answer: " in text
+    model = MaskedDiffusion.load_from_checkpoint(run / "checkpoints/last.ckpt")
+    assert model.shifted and model.mask_id == 1
+    assert AutoregressiveLM.load_from_checkpoint(ar / "checkpoints/last.ckpt").eos_id == 0
+
+    for name, folder in (("ar", ar), ("puma_from_ar", run)):
+        checkpoint = str(folder / "checkpoints/last.ckpt")
+        main(["predict", "--config", f"{name}.yaml", *SMALL, *WORDS, "--ckpt_path", checkpoint])
+        (written,) = Path("runs/words", name).rglob("predictions.jsonl")
+        lines = [json.loads(line) for line in written.read_text().splitlines()]
+        assert len(lines) == 5
+        for line in lines:
+            assert line["prompt"].endswith("?\n") and isinstance(line["completion"], str)
+            assert line["outcome"] in ("ok", "unparsable", "crashed", "timed_out")
+            assert line["correct"] in (True, False) and float(line["answer"]) > 0 and line["nfe"] > 0
+            assert "program_result" in line
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused():
+    fit("ar")
+    with pytest.raises(ValueError, match=r"has tokenizer = .*use the tokenizer it was trained with"):
+        fit("mdm_from_ar", "--data.seed=1")  # other training problems, so another trained tokenizer
+
+
+def test_a_missing_or_misshapen_start_is_told_before_training():
+    with pytest.raises(ValueError, match=r"no checkpoint at runs/words/ar/version_0/checkpoints/last.ckpt"):
+        fit("puma_from_ar")
+    with pytest.raises(ValueError, match=r"is \(300, 24\) instead of \(300, 16\)"):
+        fit("puma_from_ar", *start_weights(hidden_size=24))
+    assert not list(Path("runs").rglob("*.ckpt"))
+
+
+def test_the_sampler_of_another_model_is_told_by_name():
+    with pytest.raises(ValueError, match=r"with a LeftToRightSampler, got a Sampler"):
+        fit("ar", "--trainer.callbacks+=GenerationEvaluation", "--trainer.callbacks.metrics={p: ProgramAccuracy}",
+            "--trainer.callbacks.samplers=[{policy: Confidence}]")  # fmt: skip
+
+
+def test_the_environment_of_the_trainer_stays(monkeypatch):
+    before = dict(os.environ)
+    fit("ar")
+    assert {name: os.environ.get(name) for name in before} == before
