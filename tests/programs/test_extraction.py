@@ -12,6 +12,8 @@ F = "def simple_math_problem():\n    return 42\n"
     "text",
     [
         F,
+        F.rstrip() + "<|endoftext|>",
+        F.rstrip() + "<|im_end|><|endoftext|>",
         F + "<|endoftext|>def simple_math_problem():\n    return 1\n",
         f"Sure!\n```python\n{F}```\nThe answer is 42.",
         f"```\nx = 1\n```\nor\n```py\n{F}```",

@@ -107,6 +107,7 @@ def test_attacks_end_as_they_should() -> None:
         (["import statistics, math, re", "return math.comb(5, 2) + statistics.mean([1, 3])"], 12),
         (["import functools", "@functools.lru_cache(None)", "def f(n):",
           "    return n if n < 2 else f(n - 1) + f(n - 2)", "print('working')", "return f(50)"], 12586269025),
+        (["return 42 if 1 is 1 else 0"], 42),  # a SyntaxWarning
         (["return {1: 42}"], "<dict>"),
         (["return '\\d'"], "\\d"),
     ],
@@ -124,8 +125,38 @@ def test_a_program_finds_no_trace_of_the_one_before(nothing_changes) -> None:
     assert [run.result for run in runs] == [3, len("[False, False]")] * 4
 
 
+def test_memory_is_limited() -> None:
+    take = body("return len(bytearray(300 << 20))")
+    (within,), (beyond,) = (run_programs([take], memory_mb=memory) for memory in (1024, 128))
+    assert within.result == 300 << 20
+    assert beyond.outcome == "crashed" and "MemoryError" in beyond.error
+
+
+def test_patched_builtins_do_not_reach_the_harness() -> None:
+    runs = run_programs([ATTACKS["patched builtins"], ATTACKS["patched __builtins__"], ATTACKS["patched random"]])
+    assert [(run.outcome, run.result) for run in runs] == [("ok", 41)] * 3
+
+
+def test_no_harmful_module_is_left() -> None:
+    """Some of their functions raise no audit event, so only their absence stops them."""
+    look = body(
+        "found = []",
+        "for c in object.__subclasses__():",
+        "    for f in list(vars(c).values()):",
+        "        if type(f) is type(lambda: 0):",
+        "            for v in f.__globals__.values():",
+        "                if type(v) is type(f.__globals__.get('_os', 0)):",
+        "                    found += [v.__name__ for name in ('write', 'dup2', 'alarm') if hasattr(v, name)]",
+        "import typing",
+        "found += [n for n in ('os', 'posix', 'signal', 'gc', '_imp', '__main__') if n in typing.sys.modules]",
+        "return ' '.join(found)",
+    )
+    (run,) = run_programs([look])
+    assert (run.outcome, run.result) == ("ok", ""), run
+
+
 def test_results_are_repeatable() -> None:
-    draw = body("import random", "return random.random() + hash('a')")
+    draw = body("import random", "return f'{random.random()} {hash(0.5)} {hash(\"a\")}'")
     assert len({run.result for run in run_programs([draw] * 20, workers=2)}) == 1
 
 

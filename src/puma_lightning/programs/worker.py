@@ -57,7 +57,6 @@ HARMFUL = (
     "posix", "os", "_imp", "ctypes", "_ctypes", "_thread", "threading", "signal", "_signal", "gc", "select", "resource",
     "importlib", "_posixsubprocess", "_socket", "fcntl", "faulthandler", "atexit", "marshal",
 )  # fmt: skip
-HIDDEN_BUILTINS = ("open", "input", "breakpoint")
 
 EVENTS = frozenset({"builtins.id", "compile", "exec", "sys._getframemodulename", "sys.unraisablehook"})
 # What decorators and named tuples read and set; of the others, frames lead to the harness.
@@ -165,10 +164,7 @@ def _child(
     write, random = os.write, sys.modules["random"]
     describe = _describer()
     _limit(timeout, memory_mb)
-    namespace: dict[str, Any] = {
-        "__name__": "program",
-        "__builtins__": {k: v for k, v in vars(builtins).items() if k not in HIDDEN_BUILTINS},
-    }
+    namespace: dict[str, Any] = {"__name__": "program", "__builtins__": dict(vars(builtins))}
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     filter_syscalls = _syscall_filter(prctl)
 
