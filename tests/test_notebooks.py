@@ -1,11 +1,13 @@
 """The notebooks run from top to bottom."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 PROOF = "teacher and student: the same order, position by position"
+EXACT_MATCH = re.compile(r"exact match on \d+ held-out lines: ([\d.]+)%")
 
 
 def printed(notebook) -> str:
@@ -42,6 +44,9 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     assert not (tmp_path / "cache" / "puma_lightning").exists(), "the notebook wrote to the user's cache"
     if path.stem == "01_the_chain":
         assert PROOF in printed(notebook)
+    if path.stem == "02_your_own_data":
+        (rate,) = EXACT_MATCH.findall(printed(notebook))
+        assert float(rate) > 80
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
