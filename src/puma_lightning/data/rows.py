@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 2_000
 _BYTES_AT_ONCE = 2**23
-_MAPPED_FOR = 50  # times as many rows
+_MAPPED_FOR = 20  # times as many rows
 
 
 class Rows(dict[str, list[Any]]):

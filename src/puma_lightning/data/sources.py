@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SMALL = 64 * 2**20  # bytes read too fast for a progress bar
+# Opening a file touches a page of each of its blocks, so that memory grows with their number.
+_ROWS_IN_A_BLOCK = 20_000
 _SECONDS_TO_REACH_THE_HUB = 5
 
 
@@ -54,11 +56,15 @@ class Source:
         if not self.files:
             name, config, split = self.hub
             with from_hub(self.argument, name, f"local files ({', '.join(KINDS)})"):
-                return datasets.load_dataset(name, config, split=split, cache_dir=str(cache_dir))
+                return datasets.load_dataset(
+                    name, config, split=split, cache_dir=str(cache_dir), writer_batch_size=_ROWS_IN_A_BLOCK
+                )
         size = sum(file.stat().st_size for file in self.files)
         if not size:
             raise ValueError(f"{self.argument}: expected rows, got the empty file {self.files[0]}")
-        options: dict[str, Any] = {"sample_by": text_unit} if self.kind == "text" else {}
+        options: dict[str, Any] = {"writer_batch_size": _ROWS_IN_A_BLOCK}
+        if self.kind == "text":
+            options["sample_by"] = text_unit
         if _ending(self.files[0]) == ".tsv":
             options["sep"] = "\t"
         with _quiet(size < _SMALL):
@@ -166,7 +172,7 @@ def from_hub(argument: str, name: str, instead: str) -> Iterator[None]:
         raise ValueError(
             f"{argument}: found no file {name!r}, and {state} ({type(error).__name__}: {reason}); "
             f"give {instead} instead"
-        ) from error
+        ) from None
 
 
 def _hub_answers() -> bool:

@@ -36,7 +36,8 @@ class TinyGSMDataModule(TextDataModule):
         separator: What stands between question and program; part of the prompt.
         tokenizer: A ``tokenizer.json``, a folder with one or with ``vocab.json`` and ``merges.txt``, or a name on the
             hub. Null: a byte-level BPE is trained from the training rows.
-        vocab_size: Size of a tokenizer that is trained, with EOS (id 0) and mask (id 1); otherwise not used.
+        vocab_size: Size of a tokenizer that is trained, with EOS (id 0) and mask (id 1). Any other has its own; the
+            attribute of this name then tells it.
         eos_token: Name of the token at the end of a program; null for the tokenizer's own (one of the usual names), or
             a new one.
         mask_token: Name of the mask token; added to the tokenizer if it has none of this name. (The paper uses
@@ -58,10 +59,8 @@ class TinyGSMDataModule(TextDataModule):
         cache_dir: Where tokenised text is kept. The default follows ``$XDG_CACHE_HOME`` if set.
 
     Attributes:
-        vocab_size: V, with EOS and mask.
         eos_id: EOS, which is also the padding.
         mask_id: The mask token; no text contains it.
-        sequence_length: L.
         val_names: What the validation loaders hold, by position.
         test_names: What the test loaders hold, by position.
 
