@@ -107,6 +107,11 @@ def fit_vocabulary(weights: Weights, names: list[str], vocab_size: int) -> dict[
         if surplus > 0:
             tensors[name] = old[:vocab_size]
             rank_zero_info(f"{name}: left out {surplus:,} rows that no token of the tokenizer uses")
+        elif -surplus > MAX_PADDING:
+            raise ValueError(
+                f"{name} of {weights.origin} has rows for {len(old):,} tokens, this model's vocabulary has "
+                f"{vocab_size:,}: more than a mask token or two; use the tokenizer these weights were trained with"
+            )
         elif surplus < 0:
             mean = old.float().mean(0, keepdim=True).to(old.dtype)
             tensors[name] = torch.cat([old, mean.expand(-surplus, -1)])
@@ -129,6 +134,11 @@ def check_facts(own: dict[str, Any], saved: dict[str, Any], origin: str) -> None
         here = own.get(name)
         if value is None or here is None or value == here:
             continue
+        if name == "shifted" and not value:
+            raise ValueError(
+                f"{origin} is no autoregressive model and predicts every position at that position; "
+                "start from it with shifted false, in MaskedDiffusion"
+            )
         wanted = advice.get(name, "set the backbone's {name} to {saved}").format(name=name, saved=str(value).lower())
         raise ValueError(f"{origin} has {name} = {value}, this model has {here}; {wanted}")
 

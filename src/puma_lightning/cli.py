@@ -39,6 +39,10 @@ class PumaCLI(LightningCLI):
         path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
         if path and path not in SPECIAL_CHECKPOINTS and not str(path).startswith("registry"):
             load_checkpoint(path)
+        model = self.config[self.subcommand].model if self.subcommand == "fit" else None
+        start = (model.get("init_args") or {}).get("init_from") if model else None
+        if start and not path and str(start).endswith(".ckpt"):
+            load_checkpoint(start)  # before a large data set is prepared for nothing
 
     def instantiate_classes(self) -> None:
         """Report an impossible value as the command line reports an unknown key: in a sentence, not a traceback."""

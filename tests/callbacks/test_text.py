@@ -118,6 +118,23 @@ def test_samples_are_shown_as_text(tmp_path):
     assert "answer: cdex" in text and "4 passes" in text and "2 passes" in text
 
 
+def test_generation_runs_in_the_precision_of_the_run(tmp_path):
+    seen = set()
+    lm = model()
+    forward = lm.backbone.forward
+    lm.backbone.forward = lambda xt: (seen.add(torch.is_autocast_enabled("cpu")), forward(xt))[1]
+    callback = GenerationEvaluation({"text": Equal()}, [Sampler()])
+    run(tmp_path, [callback], precision="bf16-mixed").validate(lm, datamodule=Texts(), verbose=False)
+    assert seen == {True}
+
+
+def test_a_data_module_that_cannot_decode_is_told(tmp_path):
+    data = Texts()
+    data.decode = None
+    with pytest.raises(ValueError, match="needs decode"):
+        run(tmp_path, [GenerationEvaluation({"text": Equal()}, [Sampler()])]).validate(model(), datamodule=data)
+
+
 def test_nothing_is_shown_unless_asked_for(tmp_path):
     run(tmp_path, [GenerationEvaluation({"text": Equal()}, [Sampler()])]).validate(
         model(), datamodule=Texts(), verbose=False

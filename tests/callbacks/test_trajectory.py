@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import matplotlib.image
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 
 from puma_lightning import MaskedDiffusion, RandomMasking, TransformerBackbone, UnmaskingTrajectory
 from puma_lightning.plots import draw_reveal_order
@@ -18,7 +19,7 @@ def watch(callback, tmp_path, step, length=36):
     module = MaskedDiffusion(backbone, 7, RandomMasking())
     trainer = SimpleNamespace(
         sanity_checking=False, is_global_zero=True, global_step=step, log_dir=str(tmp_path), loggers=[],
-        fast_dev_run=False, datamodule=SimpleNamespace(order=6),
+        fast_dev_run=False, datamodule=SimpleNamespace(order=6), precision_plugin=Precision(),
     )  # fmt: skip
     batch = {"input_ids": torch.randint(1, 7, (3, length)), "prompt_mask": torch.rand(3, length) < 0.4}
     callback.on_validation_batch_end(trainer, module, None, batch, 0)

@@ -37,12 +37,15 @@ def test_one_example_per_sequence(rows: Any, length: int, padding: Any, shortest
         assert prompt == size
         assert end == {"eos": length, "first_eos": len(kept) + 1, "none": len(kept)}[padding]
         assert end - prompt >= shortest
+        assert len(kept) > prompt or len(whole) == prompt  # never EOS alone in the place of an answer
     assert cut == laid.counts["cut"]
     for row, example in enumerate(rows):
         if example and example[0] and row not in laid.kept:
             size = max(example[1], 1)
             room = min(len(example[0]) + (example[1] == 0), length - 1)
-            assert {"eos": length, "first_eos": room + 1, "none": room}[padding] - size < shortest
+            short = {"eos": length, "first_eos": room + 1, "none": room}[padding] - size < shortest
+            cut_off = room <= size < len(example[0]) + (example[1] == 0)
+            assert short or cut_off
 
 
 @given(st.lists(st.none() | ids, min_size=1, max_size=6), st.integers(2, 10), st.integers(1, 4))
@@ -59,6 +62,7 @@ def test_prompts(prompts: Any, length: int, shortest: int) -> None:
 @given(st.lists(examples(), max_size=5), st.integers(2, 7))
 def test_packing_keeps_every_token_in_order(chunks: Any, length: int) -> None:
     pack, tokens, counts = Packer(length, EOS), [], Counter[str]()
+    chunks = [[row and (row[0], 0) for row in rows] for rows in chunks]
     for rows in chunks:
         laid = pack(*documents(rows, EOS))
         assert (laid.tokens[:, 0] == EOS).all() and (laid.prompt == 1).all() and (laid.end == length).all()
@@ -83,6 +87,11 @@ def test_packing_keeps_every_token_in_order(chunks: Any, length: int) -> None:
 def test_impossible_examples(rows: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_examples(rows, 3, V, MASK)
+
+
+def test_packing_has_no_place_for_prompts() -> None:
+    with pytest.raises(ValueError, match="set packing to false"):
+        documents([([2, 3], 1)], EOS)
 
 
 def test_possible_examples() -> None:

@@ -2,6 +2,8 @@ import gzip
 import json
 import os
 import socket
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -411,3 +413,33 @@ def test_missing_sets_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_file: expected a file or a data set"):
         TextDataModule(cache_dir=str(tmp_path)).prepare_data()
     assert Rows({"a": [1]}, "x", [0])["a"] == [1]
+
+
+def test_the_code_of_a_subclass_is_described_the_same_in_every_process_and_by_all_it_says(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        """
+from puma_lightning.data.text import TextDataModule, _described
+
+class Mine(TextDataModule):
+    PREFIX = "Q: "
+    def encode(self, rows, tokenize, marks=("a", "b")):
+        return [(ids, 0) for ids in tokenize(rows["text"]) if "x" not in {"x", "y", "z", "w"}]
+    @staticmethod
+    def help():
+        return 1
+
+print({name: _described(value) for name, value in sorted(vars(Mine).items())})
+"""
+    )
+
+    def printed(seed: str) -> str:
+        command = [sys.executable, str(tmp_path / "mine.py")]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    first = printed("1")
+    assert first == printed("2") and "Q: " in first
+    source = (tmp_path / "mine.py").read_text()
+    for old, new in (('"Q: "', '"R: "'), ('("a", "b")', '("a", "c")'), ("return 1", "return 2"), ('"w"}', '"v"}')):
+        (tmp_path / "mine.py").write_text(source.replace(old, new))
+        assert printed("1") != first, old

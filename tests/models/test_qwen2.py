@@ -97,6 +97,12 @@ def test_padding_is_cut_off_and_another_vocabulary_refused(tmp_path, caplog, mon
         causal_lm(vocab_size=V - 3).load_weights(str(tmp_path))
 
 
+def test_a_vocabulary_does_not_grow_into_another_one(tmp_path):
+    write(tmp_path)
+    with pytest.raises(ValueError, match=r"rows for 40 tokens.*vocabulary has 2,000: more than a mask token"):
+        causal_lm(vocab_size=2000).load_weights(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -248,6 +248,13 @@ class TestShift:
         )
         assert loss > 3
 
+    def test_position_0_must_be_given_in_evaluation_and_sampling(self, tmp_path):
+        model = MaskedDiffusion(backbone(causal=False), MASK, RandomMasking(), shifted=True)
+        with pytest.raises(ValueError, match="position 0 must be given"):
+            trainer(tmp_path).validate(model, DataLoader(rows(prompt=0), batch_size=8), verbose=False)
+        with pytest.raises(ValueError, match="position 0 must be given"):
+            model.sample(torch.ones(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.bool))
+
     @pytest.mark.parametrize("module", ["autoregressive", "shifted"])
     def test_position_0_must_be_given_in_training(self, tmp_path, module):
         model = (

@@ -104,10 +104,17 @@ class GenerationEvaluation(Callback):
         self._seen[dataloader_idx] = seen + wanted
         batch = {name: column[:wanted] for name, column in batch.items()}
         decode = getattr(trainer.datamodule, "decode", None)  # type: ignore[attr-defined]
+        if decode is None and any("completions" in arguments(metric) for metric in metrics.values()):
+            raise ValueError(
+                "a metric asks for completions, which are text: the DataModule needs decode(tokens, prompt_mask) -> "
+                '{"prompt": ..., "completion": ...}'
+            )
         suffix = loader_suffix(trainer, dataloader_idx)
         for sampler in self.samplers:
             generator = pl_module.evaluation_generator(dataloader_idx, batch_idx)
-            sample = pl_module.sample(batch["input_ids"], batch["prompt_mask"], sampler, generator)
+            # Lightning runs callbacks outside of autocast.
+            with trainer.precision_plugin.forward_context():
+                sample = pl_module.sample(batch["input_ids"], batch["prompt_mask"], sampler, generator)
             texts = decoded(sample.tokens, batch["prompt_mask"], decode)
             judged = {
                 "tokens": sample.tokens,

@@ -55,7 +55,9 @@ class UnmaskingTrajectory(Callback):
         assert isinstance(pl_module, GenerativeModule)
         input_ids = batch["input_ids"][: self.num_examples]
         prompt_mask = batch["prompt_mask"][: self.num_examples]
-        sample = pl_module.sample(input_ids, prompt_mask, self.sampler, pl_module.evaluation_generator(0, 0))
+        # Lightning runs callbacks outside of autocast.
+        with trainer.precision_plugin.forward_context():
+            sample = pl_module.sample(input_ids, prompt_mask, self.sampler, pl_module.evaluation_generator(0, 0))
         self.history = [past for past in self.history if past["step"] < trainer.global_step]
         self.history.append(
             {

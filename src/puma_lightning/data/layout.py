@@ -57,7 +57,8 @@ def lay_out(
     size = np.array([len(ids) for ids, _ in whole], np.int64)
     inside = np.minimum(size, length - 1)
     end = {"eos": np.full_like(size, length), "first_eos": inside + 1, "none": inside}[padding]
-    enough = end - prompt >= min_answer_length
+    # At least one token of the answer must be left: EOS alone would be learned as the answer.
+    enough = (end - prompt >= min_answer_length) & ((inside > prompt) | (size == prompt))
     counts["without room for an answer"] = int((~enough).sum())
     counts["cut"] = int((size[enough] > length - 1).sum())
     tokens = np.full((int(enough.sum()), length), eos_id, np.int64)
@@ -113,6 +114,8 @@ def documents(examples: Sequence[Example], eos_id: int) -> tuple[NDArray[np.int6
     """The ids of all examples in a row ``(T,)``, EOS after each, and the number of empty ones."""
     filled = [example for example in examples if example and example[0]]
     counts = Counter({"empty": len(examples) - len(filled)})
+    if any(prompt for _, prompt in filled):
+        raise ValueError("packing has no place for prompts, which encode returned: set packing to false")
     return flatten([part for ids, _ in filled for part in (ids, (eos_id,))]), counts
 
 

@@ -386,13 +386,25 @@ def _own_settings(module: TextDataModule) -> dict[str, Any]:
         own = [name for name in inspect.signature(cls).parameters if name not in known and name in vars(module)]
         settings |= {name: repr(vars(module)[name]) for name in own}
         if not cls.__module__.startswith("puma_lightning."):
-            functions = {name: value.__code__ for name, value in vars(cls).items() if inspect.isfunction(value)}
-            settings[f"code of {cls.__name__}"] = {name: _digest(code) for name, code in sorted(functions.items())}
+            said = {n: v for n, v in vars(cls).items() if inspect.isfunction(v) or not n.startswith("__")}
+            settings[f"code of {cls.__name__}"] = {name: _described(value) for name, value in sorted(said.items())}
     return settings
 
 
-def _digest(code: CodeType) -> str:
-    """A hash of what a function does: the same wherever it is defined."""
-    constants = [_digest(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts]
-    content = repr((code.co_code, constants, code.co_names))
-    return hashlib.sha256(content.encode()).hexdigest()[:20]
+def _described(value: Any) -> str:
+    """What a class attribute is or does: the same in every process, wherever it is defined."""
+    if isinstance(value, staticmethod | classmethod):
+        return _described(value.__func__)
+    if isinstance(value, property):
+        return _described(value.fget)
+    if isinstance(value, CodeType):
+        content = repr((value.co_code, [_described(constant) for constant in value.co_consts], value.co_names))
+        return hashlib.sha256(content.encode()).hexdigest()[:20]
+    if inspect.isfunction(value):
+        return " ".join(map(_described, (value.__code__, value.__defaults__, value.__kwdefaults__)))
+    if isinstance(value, set | frozenset):  # their order is another in every process
+        return repr(sorted(map(_described, value)))
+    if isinstance(value, tuple | list):
+        return repr([_described(each) for each in value])
+    plain = value is None or isinstance(value, str | bytes | int | float | dict)
+    return repr(value) if plain else type(value).__name__

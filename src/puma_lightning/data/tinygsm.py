@@ -1,6 +1,5 @@
 """TinyGSM as a DataModule: questions with programs to train on, GSM8K's questions to be judged by."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +8,7 @@ from puma_lightning.data.layout import Example, Padding
 from puma_lightning.data.rows import Rows
 from puma_lightning.data.sources import find_source
 from puma_lightning.data.text import TextDataModule, Tokenize
-
-_NUMBER = re.compile(r"[-+]?(\d[\d,]*)?\.?\d+")
+from puma_lightning.programs import parse_number
 
 
 class TinyGSMDataModule(TextDataModule):
@@ -172,7 +170,7 @@ def gold_answer(answer: object, where: str = "answer") -> str:
         ValueError: If there is no number.
     """
     text = str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
-    number = text.split("####")[-1].strip().replace("$", "").removesuffix(".").strip()
-    if not _NUMBER.fullmatch(number):
+    number = parse_number(text.split("####")[-1].strip().removesuffix("."))
+    if number is None:
         raise ValueError(f"{where}: expected a number as the gold answer, or one after ####, got {text[-80:]!r}")
-    return number.replace(",", "").removeprefix("+")
+    return str(number)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from puma_lightning.programs import Outcome, parse_number, run_programs, same_number
+from puma_lightning.programs.runner import default_workers
 
 
 class ProgramAccuracy(Metric):
@@ -58,10 +59,13 @@ class ProgramAccuracy(Metric):
             ValueError: If the lengths differ, or an answer is no number.
         """
         golds = None if answers is None else _numbers(answers, len(completions))
-        runs = run_programs(completions, self.timeout, self.memory_mb, self.workers)
+        # torchrun says how many ranks this machine has; without it, share with all there are.
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        workers = self.workers or default_workers(ranks)
+        runs = run_programs(completions, self.timeout, self.memory_mb, workers)
         return [
             {
-                "program_result": run.result,
+                "program_result": _plain(run.result),
                 "outcome": run.outcome,
                 "correct": None if golds is None else run.outcome == "ok" and same_number(run.result, golds[i]),
             }
@@ -83,6 +87,11 @@ class ProgramAccuracy(Metric):
         counts = {"accuracy": self.correct, "unparsable": self.unparsable}
         counts |= {"crashed": self.crashed, "timed_out": self.timed_out}
         return {name: count / self.total for name, count in counts.items()}
+
+
+def _plain(result: int | float | str | None) -> int | float | str | None:
+    """The result as JSON can hold it: NaN and infinities as text."""
+    return str(result) if isinstance(result, float) and not math.isfinite(result) else result
 
 
 def _numbers(answers: list[str], size: int) -> list[int | float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
@@ -297,6 +297,7 @@ class StreamedModule(pl.LightningModule):
         tensors = fit_vocabulary(weights, per_token, self.vocab_size)
         check_weights(self, tensors, path)
         self.load_state_dict(tensors)
+        rank_zero_info(f"Starting from the weights of {path}")
 
     # Loss and optimizer -------------------------------------------------------------------------------------
 

@@ -85,7 +85,15 @@ class GenerativeModule(StreamedModule):
         expected = (*batch["xt"].shape, self.vocab_size)
         if logits.shape != expected:
             raise ValueError(f"the backbone must return logits (B, L, V) = {expected}, got {tuple(logits.shape)}")
-        if self.shifted and not batch["prompt_mask"][:, 0].all():
+        self.check_start(batch["prompt_mask"])
+
+    def check_start(self, prompt_mask: Tensor) -> None:
+        """Check that a shifted model has a position to start from.
+
+        Raises:
+            ValueError: If position 0 of a sequence is not given.
+        """
+        if self.shifted and not prompt_mask[:, 0].all():
             raise ValueError(
                 f"this {type(self).__name__} predicts each position at the one before it, so position 0 must be given "
                 "in every sequence; start them with a token such as EOS and set prompt_mask there"
@@ -107,6 +115,7 @@ class GenerativeModule(StreamedModule):
         if is_questions(batch, self.mask_id):
             return
         batch = check_batch(batch, mask_id=self.mask_id, vocab_size=self.vocab_size)
+        self.check_start(batch["prompt_mask"])
         loss, weight = self.evaluation_loss(batch, self.evaluation_generator(dataloader_idx, batch_idx))
         name = f"{stage}/loss{loader_suffix(self.trainer, dataloader_idx)}"
         self.log(name, loss, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True, add_dataloader_idx=False)

@@ -99,6 +99,7 @@ class MaskedDiffusion(GenerativeModule):
     ) -> Sample:
         sampler = sampler or self.sampler
         self.check_sampler(sampler)
+        self.check_start(prompt_mask)
         assert isinstance(sampler, Sampler)
         xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
         with self.in_eval_mode():

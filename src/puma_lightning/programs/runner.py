@@ -47,10 +47,10 @@ class ProgramRun:
     error: str = ""
 
 
-def default_workers() -> int:
-    """Cores of this process, shared with the other ranks of the machine (``LOCAL_WORLD_SIZE``), at most 8."""
+def default_workers(ranks: int = 1) -> int:
+    """Cores of this process, shared with the other ranks of the machine (``LOCAL_WORLD_SIZE`` if set), at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))))
+    return min(8, max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or ranks))))
 
 
 def run_programs(
