@@ -116,7 +116,7 @@ def test_the_rule_of_the_paper(
         ids = prompt + program
         ids = ids[: length - 1] + [0] * max(1, length - len(ids))
         end = {"eos": length, "first_eos": ids.index(0) + 1, "none": ids.index(0)}[padding]
-        if end - len(prompt) >= shortest:
+        if end - len(prompt) >= shortest and len(prompt) < length - 1:  # something is left of the program
             expected.append((ids, [not len(prompt) <= i < end for i in range(length)]))
     data.limits["train"] = None
     if not expected:
