@@ -192,7 +192,7 @@ def run_ours(setting: Setting, threshold: float | None, steps: int, seed: int, l
     stream = our_stream(setting, threshold, steps, seed)
     recorder = Recorder()
     for step, batch in enumerate(stream):
-        revealed = recorder.add(step, batch["input_ids"], batch["prompt_mask"], batch["xt"], batch["stage"])
+        revealed = recorder.add(step, batch["input_ids"], batch["prompt_mask"], batch["xt"], batch["stage"][:, 0])
         log_probs = scripted_log_probs(batch["input_ids"], revealed)
         if step % 4 == 0:
             slots = stream.groups[0]

@@ -14,15 +14,17 @@ from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking,
 from puma_lightning.metrics.programs import ProgramAccuracy
 from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved
 from puma_lightning.models import TransformerBackbone
-from puma_lightning.modules import AutoregressiveLM, MaskedDiffusion
+from puma_lightning.modules import AutoregressiveLM, BlockDiffusion, MaskedDiffusion
 from puma_lightning.optim import WarmupCosine
-from puma_lightning.sampling import LeftToRightSampler, Sample, Sampler
+from puma_lightning.sampling import BlockSampler, LeftToRightSampler, Sample, Sampler
 from puma_lightning.unmasking import Confidence, Entropy, LeftToRight, Margin, Policy, RandomOrder, reveal
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoregressiveLM",
+    "BlockDiffusion",
+    "BlockSampler",
     "CellAccuracy",
     "Confidence",
     "Entropy",

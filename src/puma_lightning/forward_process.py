@@ -22,6 +22,8 @@ from puma_lightning.unmasking import (
 class Slots:
     """The rows of a training batch. Each holds one chain until it is done, then takes a fresh sequence.
 
+    In block diffusion each block of a sequence is a chain and so a row; L is the length of a block then.
+
     Attributes:
         x0: Clean sequences, (B, L) int64.
         prompt_mask: True where a position is given, (B, L) bool.
@@ -82,7 +84,7 @@ class ForwardProcess:
             generator: Source of all randomness, on the device of ``x0``.
 
         Returns:
-            xt with at least one masked position in every row, (B, L) int64.
+            xt with at least one masked position in every row that has an answer, (B, L) int64.
         """
         raise NotImplementedError
 
@@ -99,7 +101,7 @@ class ForwardProcess:
             generator: Source of all randomness, on the device of the slots.
 
         Returns:
-            The new slots. Those that are ``done`` will be refilled; every other must have a masked position.
+            The new slots. Those that are ``done`` are over; every other must have a masked position.
         """
         return replace(slots, done=torch.ones_like(slots.done))
 

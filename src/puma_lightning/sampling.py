@@ -5,9 +5,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from puma_lightning.unmasking import Confidence, PolicyLike, check_policy, exclude_token, policy_name, reveal
+from puma_lightning.unmasking import (
+    Confidence,
+    PolicyLike,
+    check_block_size,
+    check_policy,
+    exclude_token,
+    policy_name,
+    reveal,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,17 @@ class Sample:
     tokens: Tensor
     reveal_step: Tensor
     nfe: Tensor
+
+
+def _check_draw(temperature: float, top_p: float) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def _draw_names(temperature: float, top_p: float) -> list[str]:
+    return ([f"T{temperature:g}"] if temperature else []) + ([f"p{top_p:g}"] if top_p < 1 else [])
 
 
 class Sampler:
@@ -204,18 +224,113 @@ class LeftToRightSampler:
         return Sample(tokens, reveal_step, nfe)
 
 
-AnySampler = Sampler | LeftToRightSampler
+class BlockReader(Protocol):
+    """A block diffusion model that remembers the finished blocks it has read."""
+
+    def read(self, tokens: Tensor, block_size: int) -> None:
+        """Take the next finished blocks of every row, (B, n) with n a multiple of the block size."""
+
+    def __call__(self, xt: Tensor) -> Tensor:
+        """The block after them, (B, S) with masked positions, to its logits, (B, S, V)."""
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows (n,) of the batch alone."""
 
 
-def _check_draw(temperature: float, top_p: float) -> None:
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+class BlockSampler:
+    """Block diffusion: one block after another, each completed in any order and then read once.
+
+    A row ends with the block in which it first generates EOS. A forward pass that reads a finished block counts.
+
+    Args:
+        within: How a block is completed; its ``num_steps`` are for each block.
+        length: Generate up to this many positions where sequences are shorter, a multiple of the block size. It may be
+            more than in training if the backbone's ``max_length`` allows; null for the length they have.
+
+    Raises:
+        ValueError: If the length is below 1.
+    """
+
+    def __init__(self, within: Sampler = Sampler(), length: int | None = None) -> None:  # noqa: B008 - holds no state
+        if length is not None and length < 1:
+            raise ValueError(f"length must be at least 1 or null, got {length}")
+        self.within = within
+        self.length = length
+
+    @property
+    def name(self) -> str:
+        """A short name for logs: ``block_confidence_1``."""
+        return f"block_{self.within.name}" + (f"_L{self.length}" if self.length else "")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: BlockReader,
+        xt: Tensor,
+        mask_id: int,
+        block_size: int,
+        eos_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Sample:
+        """Complete a batch.
+
+        Args:
+            model: Reads finished blocks and predicts the next.
+            xt: Sequences with the mask token at the positions to fill, (B, L) int64.
+            mask_id: The mask token; it is never drawn.
+            block_size: Length of a block.
+            eos_id: The token that ends a row; the blocks after it are filled with it.
+            generator: Source of all randomness, on the device of ``xt``.
+
+        Returns:
+            The completed sequences, (B, ``length``) where that is longer.
+
+        Raises:
+            ValueError: If the blocks do not fill the sequences.
+        """
+        tokens = F.pad(xt, (0, max(0, (self.length or 0) - xt.shape[1])), value=mask_id)
+        check_block_size(block_size, tokens.shape[1])
+        masked = tokens == mask_id
+        reveal_step = torch.where(masked, 0, -1)
+        nfe = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        to_fill = masked.view(len(masked), -1, block_size).any(2)
+        blocks = torch.arange(to_fill.shape[1], device=tokens.device)
+        last = torch.where(to_fill, blocks, -1).amax(1)
+        rows = (last >= 0).nonzero().squeeze(1)
+        if not len(rows):
+            return Sample(tokens, reveal_step, nfe)
+        first = int(to_fill.any(0).long().argmax())
+        if first:
+            model.read(tokens[:, : first * block_size], block_size)
+            nfe += last >= 0
+        if len(rows) < len(tokens):
+            model.select(rows)
+        for block in range(first, to_fill.shape[1]):
+            here = slice(block * block_size, (block + 1) * block_size)
+            sample = self.within(model, tokens[rows, here], mask_id, generator)
+            filled = masked[rows, here]
+            tokens[rows, here] = sample.tokens
+            reveal_step[rows, here] = torch.where(filled, nfe[rows, None] + sample.reveal_step, -1)
+            nfe[rows] += sample.nfe
+            going = last[rows] > block
+            if eos_id is not None:
+                ended = (filled & (sample.tokens == eos_id)).any(1)
+                rest = masked[rows] & ended[:, None]
+                rest[:, : here.stop] = False
+                tokens[rows] = tokens[rows].masked_fill(rest, eos_id)
+                reveal_step[rows] = torch.where(rest, nfe[rows, None] - 1, reveal_step[rows])
+                going &= ~ended
+            if not going.all():
+                rows = rows[going]
+                if not len(rows):
+                    break
+                model.select(going.nonzero().squeeze(1))
+            model.read(tokens[rows, here], block_size)
+            nfe[rows] += 1
+        return Sample(tokens, reveal_step, nfe)
 
 
-def _draw_names(temperature: float, top_p: float) -> list[str]:
-    return ([f"T{temperature:g}"] if temperature else []) + ([f"p{top_p:g}"] if top_p < 1 else [])
+AnySampler = Sampler | LeftToRightSampler | BlockSampler
 
 
 def draw(

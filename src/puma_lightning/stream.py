@@ -14,11 +14,16 @@ from torch import Tensor
 
 from puma_lightning.data.base import Batch
 from puma_lightning.forward_process import ForwardProcess, Slots
+from puma_lightning.schedule import StepSchedule
 from puma_lightning.sequences import CleanSequences, derived_seed
+from puma_lightning.unmasking import check_block_size, cut_blocks, stage_of
 
 
 class Stream:
     """The slots of all accumulation groups of one rank, and the supply that refills them.
+
+    A slot holds a chain, or, with a ``block_size``, a chain for each block of its sequence, all of which start when
+    it takes the sequence; it retires when all of them are done. To the forward process every chain is a row.
 
     Randomness is a function of (seed, rank, step), so it needs no saved generator state, and a resumed run
     draws what the uninterrupted one would have drawn.
@@ -33,6 +38,8 @@ class Stream:
             sequence from being counted twice in an update.
         seed: The same on all ranks.
         device: Where the slots live; the CPU by default.
+        block_size: Length of the blocks at an optimizer step; None for one block, as long as the sequence. On a
+            switch the boards stay and are cut anew; their stages are recomputed from what is revealed.
     """
 
     def __init__(
@@ -45,6 +52,7 @@ class Stream:
         num_groups: int = 1,
         seed: int = 0,
         device: torch.device | None = None,
+        block_size: StepSchedule | None = None,
     ) -> None:
         self.sequences = sequences
         self.process = process
@@ -53,6 +61,7 @@ class Stream:
         self.num_steps = num_steps
         self.seed = seed
         self.device = device or torch.device("cpu")
+        self.block_size = block_size
         self.groups: list[Slots | None] = [None] * num_groups
         self.step = 0  # batches yielded in the life of this stream
         self._in_flight: Slots | None = None
@@ -72,9 +81,14 @@ class Stream:
             yield batch
 
     def peek(self) -> Batch:
-        """The next batch, without counting it as yielded."""
-        slots = self._refilled(self.step % len(self.groups))
-        return {"input_ids": slots.x0, "prompt_mask": slots.prompt_mask, "xt": slots.xt, "stage": slots.stage}
+        """The next batch, without counting it as yielded.
+
+        Returns:
+            ``{"input_ids", "prompt_mask", "xt"}``, (B, L) each, and ``"stage"``, (B, number of blocks).
+        """
+        chains = self._refilled(self.step % len(self.groups))
+        shown = {"input_ids": chains.x0, "prompt_mask": chains.prompt_mask, "xt": chains.xt, "stage": chains.stage}
+        return {name: tensor.view(self.num_slots, -1) for name, tensor in shown.items()}
 
     def advance(self, logits: Tensor, step: int) -> None:
         """Move the chains of the batch yielded last.
@@ -84,37 +98,51 @@ class Stream:
             step: The optimizer step, for schedules.
         """
         group = (self.step - 1) % len(self.groups)
-        slots = self.groups[group]
-        assert slots is not None, "advance before the first batch"
+        chains = self.groups[group]
+        assert chains is not None, "advance before the first batch"
+        if self.block_size is not None:
+            chains = _cut_anew(chains, self.block_size.at(step), self.mask_id)
+            logits = cut_blocks(logits, self.block_size.at(step))
         generator = self._seeded(self.step - 1, purpose=1)
-        self.groups[group] = self.process.advance(slots, logits, step, self.mask_id, generator)
+        moved = self.process.advance(chains, logits, step, self.mask_id, generator)
+        done = moved.done | chains.done
+        # The chains of a slot end one by one; one that is over has nothing left to be trained on.
+        self.groups[group] = replace(moved, done=done, xt=torch.where(done[:, None], moved.x0, moved.xt))
 
     def _refilled(self, group: int) -> Slots:
-        """The slots of a group with fresh sequences in those that are done."""
-        slots = self.groups[group]
-        if slots is None:
-            slots = self._first_fill(group)
-        elif len(rows := slots.done.nonzero().squeeze(1)):
-            fresh = self._fresh(len(rows), torch.zeros(len(rows), dtype=torch.long), slots.num_stages)
-            old, new = slots.tensors(), fresh.tensors()
-            slots = replace(slots, **{name: old[name].index_copy(0, rows, new[name]) for name in old})
-        self.groups[group] = slots
-        return slots
+        """The chains of a group, with fresh sequences in the slots where all are done."""
+        chains = self.groups[group]
+        if chains is None:
+            chains = self._first_fill(group)
+        elif len(slots := chains.done.view(self.num_slots, -1).all(1).nonzero().squeeze(1)):
+            stage = torch.zeros(len(slots), dtype=torch.long)
+            old, new = chains.tensors(), self._fresh(stage, chains.num_stages, chains.x0.shape[1]).tensors()
+            blocks = len(chains.x0) // self.num_slots
+            rows = (slots[:, None] * blocks + torch.arange(blocks, device=slots.device)).flatten()
+            chains = replace(chains, **{name: old[name].index_copy(0, rows, new[name]) for name in old})
+        self.groups[group] = chains
+        return chains
 
     def _first_fill(self, group: int) -> Slots:
         """Staggered start: stages spread evenly, over all groups together, so each batch holds all stages."""
         num_stages = self.process.num_stages_at(0)
         index = torch.arange(self.num_slots) * len(self.groups) + group
-        return self._fresh(self.num_slots, index * num_stages // (self.num_slots * len(self.groups)), num_stages)
+        stage = index * num_stages // (self.num_slots * len(self.groups))
+        return self._fresh(stage, num_stages, None if self.block_size is None else self.block_size.at(0))
 
-    def _fresh(self, number: int, stage: Tensor, num_stages: int) -> Slots:
-        clean = self.sequences.take(number)
-        x0 = clean["input_ids"].to(self.device, non_blocking=True)
-        prompt_mask = clean["prompt_mask"].to(self.device, non_blocking=True)
-        stage = stage.to(self.device)
+    def _fresh(self, stage: Tensor, num_stages: int, block_size: int | None) -> Slots:
+        """Chains of the next sequences, one sequence for each of the given stages."""
+        clean = self.sequences.take(len(stage))
+        length = clean["input_ids"].shape[1]
+        for coming in self.block_size.values if self.block_size is not None else ():
+            check_block_size(coming, length)
+        size = block_size or length
+        x0 = cut_blocks(clean["input_ids"].to(self.device, non_blocking=True), size)
+        prompt_mask = cut_blocks(clean["prompt_mask"].to(self.device, non_blocking=True), size)
+        stage = stage.repeat_interleave(length // size).to(self.device)
         generator = self._seeded(self.step, purpose=0)
         xt = self.process.start(x0, prompt_mask, stage, num_stages, self.mask_id, generator)
-        return Slots(x0, prompt_mask, xt, stage, torch.zeros_like(stage, dtype=torch.bool), num_stages)
+        return Slots(x0, prompt_mask, xt, stage, prompt_mask.all(1), num_stages)
 
     def snapshot(self, in_flight: bool = False) -> dict[str, Any]:
         """Everything needed to go on exactly from here, as CPU tensors and plain types.
@@ -131,6 +159,7 @@ class Stream:
             "seed": self.seed,
             "step": step,
             "position": self.sequences.position,
+            "num_slots": self.num_slots,
             "num_sequences": self.sequences.num_sequences,
             "groups": [slots and {**slots.to(cpu).tensors(), "num_stages": slots.num_stages} for slots in groups],
         }
@@ -145,7 +174,7 @@ class Stream:
         for what, saved, now in (
             ("accumulate_grad_batches", len(groups), len(self.groups)),
             ("training sequences", snapshot["num_sequences"], self.sequences.num_sequences),
-            ("batch size", max((len(slots.x0) for slots in groups if slots), default=self.num_slots), self.num_slots),
+            ("batch size", snapshot["num_slots"], self.num_slots),
         ):
             if saved != now:
                 raise ValueError(
@@ -156,3 +185,15 @@ class Stream:
         self.step = snapshot["step"]
         self.groups = [slots and slots.to(self.device) for slots in groups]
         self.sequences.seek(self.seed, snapshot["position"])
+
+
+def _cut_anew(chains: Slots, block_size: int, mask_id: int) -> Slots:
+    """The same boards in blocks of another size, each at the stage that its revealed positions belong to."""
+    if chains.x0.shape[1] == block_size:
+        return chains
+    # The rows lie one behind the other, so that it does not matter where they were cut.
+    x0, prompt_mask, xt = (t.reshape(-1, block_size) for t in (chains.x0, chains.prompt_mask, chains.xt))
+    masked = (xt == mask_id).sum(1)
+    answer_length = (~prompt_mask).sum(1)
+    stage = stage_of(answer_length - masked, chains.num_stages, answer_length)
+    return Slots(x0, prompt_mask, xt, stage, masked == 0, chains.num_stages)

@@ -204,7 +204,8 @@ def stage_of(revealed: Tensor, num_stages: int, answer_length: Tensor) -> Tensor
 
     The bucket s of K with s / K < revealed / A <= (s + 1) / K; nothing revealed is stage 0. A bucket
     holds its upper end because ``target_count`` rounds. A - 1, the most that a target asks for, is always the
-    last stage: where A = K it would be the last but one, and a chain that got there would never end.
+    last stage: where A = K it would be the last but one, and a chain that got there would never end. So is the only
+    count of a chain without an answer.
 
     Args:
         revealed: Uncovered answer positions, any shape, int64.
@@ -214,5 +215,29 @@ def stage_of(revealed: Tensor, num_stages: int, answer_length: Tensor) -> Tensor
     Returns:
         Stages in 0..K-1, the shape of ``revealed``, int64.
     """
-    stage = ((revealed * num_stages - 1) // answer_length).clamp(0, num_stages - 1)
+    stage = ((revealed * num_stages - 1) // answer_length.clamp_min(1)).clamp(0, num_stages - 1)
     return torch.where(revealed >= answer_length - 1, num_stages - 1, stage)
+
+
+def cut_blocks(rows: Tensor, block_size: int) -> Tensor:
+    """Cut sequences into blocks, each a row of its own: (B, L, ...) to (B * L / S, S, ...), S the block size.
+
+    Raises:
+        ValueError: As ``check_block_size``.
+    """
+    check_block_size(block_size, rows.shape[1])
+    return rows.reshape(-1, block_size, *rows.shape[2:])
+
+
+def check_block_size(block_size: int, length: int) -> None:
+    """Check that blocks of a size fill a sequence.
+
+    Raises:
+        ValueError: If it does not divide the length; names the sizes that do.
+    """
+    if length % block_size:
+        divisors = ", ".join(str(n) for n in range(1, length + 1) if length % n == 0)
+        raise ValueError(
+            f"block_size must divide the sequence length {length}, got {block_size}; "
+            f"choose among {divisors}, or another sequence length"
+        )

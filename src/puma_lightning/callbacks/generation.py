@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from puma_lightning.data.base import Batch
@@ -198,5 +199,8 @@ def decoded(tokens: Tensor, prompt_mask: Tensor | None, decode: Any) -> list[dic
     """The rows as text, by the ``decode`` of a DataModule; nothing if it has none."""
     if decode is None:
         return [{} for _ in tokens]
-    given = [None] * len(tokens) if prompt_mask is None else prompt_mask.cpu()
+    if prompt_mask is not None:
+        # What was generated beyond the batch's length is answer.
+        prompt_mask = F.pad(prompt_mask, (0, tokens.shape[1] - prompt_mask.shape[1])).cpu()
+    given = [None] * len(tokens) if prompt_mask is None else prompt_mask
     return [decode(row, mask) for row, mask in zip(tokens.cpu(), given, strict=True)]

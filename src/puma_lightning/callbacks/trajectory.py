@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from puma_lightning.modules.generative import GenerativeModule
 from puma_lightning.plots import draw_reveal_order
-from puma_lightning.sampling import Sampler
+from puma_lightning.sampling import AnySampler
 
 
 class UnmaskingTrajectory(Callback):
@@ -23,14 +23,14 @@ class UnmaskingTrajectory(Callback):
 
     Args:
         num_examples: Sequences to follow: the first of the first validation set.
-        sampler: How they are filled in.
+        sampler: How they are filled in; null for the model's own sampler.
         max_columns: Validations shown, spread evenly from the first to the latest.
 
     Raises:
         ValueError: If a number is below 1.
     """
 
-    def __init__(self, num_examples: int = 2, sampler: Sampler = Sampler(), max_columns: int = 5) -> None:  # noqa: B008
+    def __init__(self, num_examples: int = 2, sampler: AnySampler | None = None, max_columns: int = 5) -> None:
         for name, number in (("num_examples", num_examples), ("max_columns", max_columns)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
@@ -62,8 +62,8 @@ class UnmaskingTrajectory(Callback):
         self.history.append(
             {
                 "step": trainer.global_step,
-                "tokens": sample.tokens.cpu(),
-                "reveal_step": sample.reveal_step.cpu(),
+                "tokens": sample.tokens[:, : input_ids.shape[1]].cpu(),
+                "reveal_step": sample.reveal_step[:, : input_ids.shape[1]].cpu(),
                 "target": input_ids.cpu(),
             }
         )

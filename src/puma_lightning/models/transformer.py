@@ -1,4 +1,4 @@
-"""A Qwen2-style transformer, bidirectional or causal.
+"""A Qwen2-style transformer, bidirectional, causal or block-causal.
 
 Parameters are named as in Hugging Face's Qwen2: its state dict loads once the prefix ``model.`` is stripped.
 
@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from puma_lightning.models.block_attention import attend, block_mask
+
+if TYPE_CHECKING:
+    from puma_lightning.models.block_attention import AttentionMask
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -109,7 +115,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: AttentionMask | None = None,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
         """Attend within each row, and to what the cache holds of it: ``(B, L, D) -> (B, L, D)``."""
         q, k, v = (
@@ -117,21 +129,14 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = None
         if cache is not None:
             k, v = cache.extend(layer, k, v)
             if self.causal and 1 < q.shape[2] < k.shape[2]:
                 # is_causal would line up the first query with the first key.
                 mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(cache.length)
-        attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal and q.shape[2] == k.shape[2],
-            enable_gqa=self.grouped,
-        )
+        dropout = self.dropout if self.training else 0.0
+        causal = self.causal and q.shape[2] == k.shape[2]
+        attended = attend(q, k, v, mask, dropout, causal, self.grouped)
         out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
         return out
 
@@ -173,10 +178,16 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: AttentionMask | None = None,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
-        """One block: ``(B, L, D) -> (B, L, D)``."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache, layer))
+        """One layer: ``(B, L, D) -> (B, L, D)``."""
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer))
         x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return x
 
@@ -262,7 +273,7 @@ class TransformerBackbone(nn.Module):
                 f"Expected rope_theta > 0 and norm_eps > 0, got {rope_theta} and {norm_eps}: "
                 "the usual values are 10000.0 and 1e-6."
             )
-        self.vocab_size, self.max_length, self.causal = vocab_size, max_length, causal
+        self.vocab_size, self.max_length, self.causal, self.dropout = vocab_size, max_length, causal, dropout
         self.activation_checkpointing = activation_checkpointing
         self._settings = {
             "num_heads": num_heads,
@@ -315,13 +326,25 @@ class TransformerBackbone(nn.Module):
         """What changes the function that the weights compute, but none of their shapes."""
         return dict(self._settings)
 
-    def hidden_states(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        cache: KeyValueCache | None = None,
+        block_size: int | None = None,
+        clean: Tensor | None = None,
+    ) -> Tensor:
         """What ``lm_head`` turns into logits, after the final norm: ``(B, L)`` int64 -> ``(B, L, D)``.
 
         Args:
             input_ids: The tokens; with a cache, those that follow on the positions it holds.
             cache: Keys and values of earlier positions, to which these are added. It is what a causal model reads
                 of them; in a bidirectional one they do not see what comes later.
+            block_size: If given, a position sees its own block and those before it; see ``sees``.
+            clean: With a block size, x0 as the blocks before each block of ``input_ids`` are to be seen; at the same
+                positions, ``(B, L')`` with L' <= L. The last block of x0 is seen by nobody and can be left out.
+
+        Returns:
+            The hidden states ``(B, L, D)``; with ``clean``, those of both in a row ``(B, L + L', D)``.
 
         Raises:
             ValueError: If the sequences are longer than ``max_length``.
@@ -333,19 +356,31 @@ class TransformerBackbone(nn.Module):
                 f"Expected at most max_length = {self.max_length} positions, got {end}: "
                 "shorten the sequences or build the model with a larger max_length."
             )
-        x: Tensor = self.embed_tokens(input_ids)
-        if self.embed_positions is not None:
-            x = x + self.embed_positions.weight[start:end]
+        noisy = 0
         cos, sin = self.rotary(end, start)
+        places = None if self.embed_positions is None else self.embed_positions.weight[start:end]
+        if clean is not None:
+            noisy, again = input_ids.shape[1], slice(0, clean.shape[1])
+            input_ids = torch.cat([input_ids, clean], dim=1)
+            cos, sin = torch.cat([cos, cos[again]]), torch.cat([sin, sin[again]])
+            places = None if places is None else torch.cat([places, places[again]])
+        x: Tensor = self.embed_tokens(input_ids)
+        if places is not None:
+            x = x + places
+        mask = None
+        if block_size is not None and input_ids.shape[1] > block_size:
+            # FlexAttention has no dropout.
+            flex = x.is_cuda and not (self.dropout and self.training)
+            mask = block_mask(start, start + input_ids.shape[1], noisy, block_size, x.device, flex)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             if cache is not None:
                 # Not through __call__, which may be compiled: every length would be compiled anew.
-                x = layer.forward(x, cos, sin, cache, index)
+                x = layer.forward(x, cos, sin, mask, cache, index)
             elif recompute:
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin)
+                x = layer(x, cos, sin, mask)
         if cache is not None:
             cache.length = end
         out: Tensor = self.norm(x)

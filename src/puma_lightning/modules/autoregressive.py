@@ -53,12 +53,7 @@ class AutoregressiveLM(GenerativeModule):
         super().__init__(backbone, NoMasking(), mask_id, optimizer, scheduler, init_from)
         if not getattr(backbone, "causal", True):
             raise ValueError("AutoregressiveLM needs a backbone that sees earlier positions alone: set causal to true")
-        if eos_id is not None and (not 0 <= eos_id < self.vocab_size or eos_id == mask_id):
-            raise ValueError(
-                f"eos_id must be in 0..{self.vocab_size - 1} (vocabulary {self.vocab_size}) and not the mask token "
-                f"{mask_id}, got {eos_id}"
-            )
-        self.eos_id = eos_id
+        self.eos_id = self.check_eos(eos_id)
         self.sampler = sampler
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

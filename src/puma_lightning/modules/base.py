@@ -27,6 +27,7 @@ from puma_lightning.checkpoints import (
 )
 from puma_lightning.forward_process import ForwardProcess
 from puma_lightning.optim import WarmupCosine
+from puma_lightning.schedule import StepSchedule
 from puma_lightning.sequences import CleanSequences, derived_seed
 from puma_lightning.stream import Stream
 
@@ -48,6 +49,7 @@ class StreamedModule(pl.LightningModule):
 
     stream: Stream
     shifted = False  # whether the backbone predicts position i+1 at position i
+    block_size: StepSchedule | None = None  # blocks that sequences are cut into; None for one as long as they are
 
     def __init__(
         self,
@@ -123,7 +125,8 @@ class StreamedModule(pl.LightningModule):
             loader,
             self.mask_id,
             self.vocab_size,
-            self.forward_process.min_answer_length(),
+            # The part of an answer in a block may be of any length, down to none.
+            self.forward_process.min_answer_length() if self.block_size is None else 1,
             trainer.global_rank,
             trainer.world_size,
             seed,
@@ -152,6 +155,7 @@ class StreamedModule(pl.LightningModule):
             num_steps=sequences.num_sequences // (sequences.batch_size * trainer.world_size),
             seed=seed,
             device=trainer.strategy.root_device,
+            block_size=self.block_size,
         )
         if self._snapshots is not None:
             self.stream.restore(self._snapshots[self.global_rank]["stream"])

@@ -39,17 +39,21 @@ class GenerativeModule(StreamedModule):
         """
         return exclude_token(self.align(self.backbone(xt)), self.mask_id)
 
-    def align(self, outputs: Tensor) -> Tensor:
+    def align(self, outputs: Tensor, before: Tensor | None = None) -> Tensor:
         """The one place of the shift: what the backbone says about each position, at that position.
 
         Args:
-            outputs: Hidden states or logits of the backbone, (B, L, D) or (B, L, V).
+            outputs: Hidden states or logits of the backbone, (B, L, D) or (B, L, V), for sequences or for blocks.
+            before: The same at the position before the first, which is where a block goes on from, (B, 1, D) or
+                (B, 1, V). Without it nothing is said about the first position, which must be given and keeps its own
+                output.
 
         Returns:
-            The same; of a shifted backbone moved by one position. Nothing is said about position 0 then, so it
-            must be given; it keeps its own output.
+            The same; of a shifted backbone moved by one position.
         """
-        return torch.cat([outputs[:, :1], outputs[:, :-1]], dim=1) if self.shifted else outputs
+        if not self.shifted:
+            return outputs
+        return torch.cat([outputs[:, :1] if before is None else before, outputs[:, :-1]], dim=1)
 
     def preflight(self, batch: Batch) -> None:
         """Check the samplers, and what the backbone makes of the first batch."""
@@ -61,7 +65,7 @@ class GenerativeModule(StreamedModule):
         """The module's own and those of the callbacks."""
         samplers = [self.sampler]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            samplers += getattr(callback, "samplers", [getattr(callback, "sampler", self.sampler)])
+            samplers += getattr(callback, "samplers", [getattr(callback, "sampler", None) or self.sampler])
         return samplers
 
     def check_sampler(self, sampler: AnySampler) -> None:
@@ -98,6 +102,19 @@ class GenerativeModule(StreamedModule):
                 f"this {type(self).__name__} predicts each position at the one before it, so position 0 must be given "
                 "in every sequence; start them with a token such as EOS and set prompt_mask there"
             )
+
+    def check_eos(self, eos_id: int | None) -> int | None:
+        """Return the token that ends an answer, or None if there is none.
+
+        Raises:
+            ValueError: If it is outside the vocabulary or the mask token.
+        """
+        if eos_id is not None and (not 0 <= eos_id < self.vocab_size or eos_id == self.mask_id):
+            raise ValueError(
+                f"eos_id must be in 0..{self.vocab_size - 1} (vocabulary {self.vocab_size}) and not the mask token "
+                f"{self.mask_id}, got {eos_id}"
+            )
+        return eos_id
 
     def evaluation_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
         """The loss of a clean batch in nats per token, and its weight in the mean over batches."""

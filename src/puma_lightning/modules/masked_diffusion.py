@@ -10,6 +10,7 @@ from puma_lightning.losses import masked_cross_entropy
 from puma_lightning.modules.generative import GenerativeModule
 from puma_lightning.optim import WarmupCosine
 from puma_lightning.sampling import AnySampler, Sample, Sampler
+from puma_lightning.unmasking import cut_blocks
 
 
 class MaskedDiffusion(GenerativeModule):
@@ -31,7 +32,7 @@ class MaskedDiffusion(GenerativeModule):
         ValueError: If the backbone has no ``vocab_size`` or is causal, or ``mask_id`` is outside the vocabulary.
     """
 
-    sampler_class = Sampler
+    sampler_class: type[AnySampler] = Sampler
 
     def __init__(
         self,
@@ -53,11 +54,29 @@ class MaskedDiffusion(GenerativeModule):
         self.sampler = sampler
         self.shifted = shifted
 
+    def denoise(self, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
+        """Predict the masked positions; a block model also sees the clean blocks before each.
+
+        Args:
+            xt: Partly masked sequences, (B, L) int64.
+            x0: The clean ones, (B, L) int64.
+            block_size: L, or the length of the blocks of a block model.
+
+        Returns:
+            Logits aligned with positions, (B, L, V); -inf for the mask token.
+        """
+        logits: Tensor = self(xt)
+        return logits
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass gives the loss and moves the chains."""
-        xt = batch["xt"]
-        logits = self(xt)
-        loss = masked_cross_entropy(logits, batch["input_ids"], xt == self.mask_id).mean()
+        x0, xt = batch["input_ids"], batch["xt"]
+        block_size = xt.shape[1] // batch["stage"].shape[1]
+        logits = self.denoise(xt, x0, block_size)
+        masked = cut_blocks(xt == self.mask_id, block_size)
+        # Blocks with nothing masked have no loss and do not count.
+        losses = masked_cross_entropy(cut_blocks(logits, block_size), cut_blocks(x0, block_size), masked)
+        loss = losses.sum() / masked.any(1).sum()
         self.check_finite(loss)
         self.stream.advance(logits.detach(), self.global_step)
         self.log("train/loss", loss, prog_bar=True, batch_size=xt.shape[0])
@@ -66,12 +85,14 @@ class MaskedDiffusion(GenerativeModule):
     def preflight(self, batch: Batch) -> None:
         """Check the shapes of the logits and of the policy's scores on the first batch."""
         xt = batch["xt"]
-        logits = self(xt)
+        block_size = xt.shape[1] // batch["stage"].shape[1]
+        logits = self.denoise(xt, batch["input_ids"], block_size)
         self.check_logits(batch, logits)
         samplers = self.all_samplers()
         for sampler in samplers:
             self.check_sampler(sampler)
-        parts: list[object] = [self.forward_process, *samplers]
+        logits, xt = cut_blocks(logits, block_size), cut_blocks(xt, block_size)
+        parts: list[object] = [self.forward_process, *(getattr(s, "within", s) for s in samplers)]
         for policy in [part.policy for part in parts if hasattr(part, "policy")]:
             scores = policy(logits, xt)
             if scores.shape != xt.shape:
@@ -85,10 +106,22 @@ class MaskedDiffusion(GenerativeModule):
                 )
 
     def evaluation_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
-        """The per-token NELBO: n stratified over the batch, the same masks at every evaluation."""
+        """The per-token NELBO: n stratified over the batch, the same masks at every evaluation.
+
+        Of a block model it is the sum of the NELBOs of its blocks, over the length of the answer.
+        """
         x0 = batch["input_ids"]
-        xt = stratified_masking(x0, batch["prompt_mask"], self.mask_id, generator)
-        return masked_cross_entropy(self(xt), x0, xt == self.mask_id).mean(), len(x0)
+        block_size = self.current_block_size() or x0.shape[1]
+        rows, given = cut_blocks(x0, block_size), cut_blocks(batch["prompt_mask"], block_size)
+        xt = stratified_masking(rows, given, self.mask_id, generator)
+        logits = cut_blocks(self.denoise(xt.view_as(x0), x0, block_size), block_size)
+        losses = masked_cross_entropy(logits, rows, xt == self.mask_id).view(len(x0), -1)
+        answer_length = (~given).sum(1).view(len(x0), -1)
+        return ((losses * answer_length).sum(1) / answer_length.sum(1)).mean(), len(x0)
+
+    def current_block_size(self) -> int | None:
+        """The length of the blocks now; None for one block as long as the sequence."""
+        return None
 
     def sample(
         self,

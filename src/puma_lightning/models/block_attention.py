@@ -1,0 +1,96 @@
+"""Who sees whom in block diffusion: one rule, as a mask for SDPA or for FlexAttention."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    AttentionMask = Tensor | BlockMask
+
+
+def sees(query: Tensor, key: Tensor, noisy: int, block_size: int) -> Tensor:
+    """The rule of block diffusion (section 3 of arXiv 2503.09573), for rows ``[xt ; x0]``.
+
+    A block of xt sees itself and the blocks of x0 before it; a block of x0 sees itself and the blocks of x0 before it.
+    So no clean position sees a noisy one, and what the clean ones compute can be kept.
+
+    Args:
+        query: Indices into ``[xt ; x0]``, int64 of any shape.
+        key: Indices of what they look at, broadcast with ``query``.
+        noisy: Length of xt; 0 for rows that are x0 alone.
+        block_size: Length of a block.
+
+    Returns:
+        Whether they see it, bool.
+    """
+    clean_query, clean_key = query >= noisy, key >= noisy
+    query_block = torch.where(clean_query, query - noisy, query) // block_size
+    key_block = torch.where(clean_key, key - noisy, key) // block_size
+    before = clean_key & (key_block < query_block)
+    return before | ((clean_query == clean_key) & (key_block == query_block))
+
+
+@lru_cache(maxsize=16)
+def block_mask(start: int, end: int, noisy: int, block_size: int, device: torch.device, flex: bool) -> AttentionMask:
+    """The rule as a mask, for the queries start..end-1 and the keys 0..end-1.
+
+    Args:
+        start: Index of the first query: how many positions a cache holds.
+        end: Number of keys.
+        noisy: Length of xt in ``[xt ; x0]``.
+        block_size: Length of a block.
+        device: Where it is needed.
+        flex: Whether for FlexAttention, which skips what nobody sees.
+
+    Returns:
+        ``(end - start, end)``: bool for SDPA, or a ``BlockMask``.
+    """
+    if not flex:
+        index = torch.arange(end, device=device)
+        return sees(index[start:, None], index, noisy, block_size)
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(query + start, key, noisy, block_size)
+
+    return create_block_mask(mask_mod, None, None, end - start, end, device=str(device))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dropout: float, causal: bool, grouped: bool
+) -> Tensor:
+    """Attention by FlexAttention where the mask is one of its own, else by SDPA.
+
+    Args:
+        q: Queries ``(B, H, n, E)``.
+        k: Keys ``(B, G, m, E)``.
+        v: Values ``(B, G, m, E)``.
+        mask: From ``block_mask``; None to see everything.
+        dropout: Probability of dropping an attention weight; not with FlexAttention.
+        causal: Whether each of n = m positions sees those up to itself only.
+        grouped: Whether G divides H instead of being equal to it.
+
+    Returns:
+        ``(B, H, n, E)``.
+    """
+    if mask is None or isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+        )
+    out: Tensor = compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+    return out
+
+
+@lru_cache(maxsize=1)
+def compiled_flex_attention() -> Any:
+    """FlexAttention as a fused kernel; uncompiled it would make the whole matrix of scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)

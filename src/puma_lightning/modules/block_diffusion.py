@@ -1,0 +1,192 @@
+"""Block diffusion: blocks from left to right, the positions of a block in any order."""
+
+import inspect
+from itertools import chain
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking
+from puma_lightning.models.transformer import KeyValueCache
+from puma_lightning.modules.masked_diffusion import MaskedDiffusion
+from puma_lightning.optim import WarmupCosine
+from puma_lightning.sampling import AnySampler, BlockSampler, Sample
+from puma_lightning.schedule import StepSchedule
+from puma_lightning.unmasking import check_block_size, cut_blocks, exclude_token
+
+
+class BlockDiffusion(MaskedDiffusion):
+    """A block diffusion model: each block is a masked diffusion model given the clean blocks before it.
+
+    Sequences are cut into blocks, each of which runs a chain of its own; with ``ProgressiveUnmasking`` that is PUMA
+    for block diffusion. One forward pass over ``[xt ; x0]`` trains all blocks at once (arXiv 2503.09573). Blocks of one
+    position make an autoregressive model, one block as long as the sequence makes ``MaskedDiffusion``.
+
+    Args:
+        backbone: A ``TransformerBackbone``, or a module with the same ``hidden_states``, ``lm_head`` and
+            ``vocab_size``.
+        mask_id: The mask token. The command line links it to the DataModule's.
+        block_size: Length of a block, a divisor of the sequence length; or a curriculum of ``[optimizer step, length]``
+            pairs such as ``[[0, 4], [20000, 16], [60000, 64]]``. Slots keep their boards on a switch.
+        eos_id: The token that ends an answer, after which nothing is generated; null if there is none. Linked to the
+            DataModule's.
+        forward_process: What each block trains on: ``ProgressiveUnmasking``, ``RandomMasking`` or one of your own.
+        sampler: How ``predict`` completes sequences.
+        optimizer: Called with the parameters.
+        scheduler: Called with the optimizer and stepped every optimizer step; null for a constant rate.
+        init_from: Weights to start training from (not a resume): a checkpoint of a block, masked diffusion or
+            autoregressive model, a folder with a Qwen2 model in safetensors, or its name on the Hugging Face hub.
+        shifted: Whether the backbone predicts position i+1 at position i, as it does when it is initialised from
+            an autoregressive model. The first position of a block is then predicted at the clean one before it.
+
+    Raises:
+        ValueError: If the backbone cannot be used, an id is outside the vocabulary, ``block_size`` is no schedule of
+            growing lengths, or a block is shorter than the K of its time.
+    """
+
+    sampler_class = BlockSampler
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        mask_id: int,
+        block_size: int | list[tuple[int, int]],
+        eos_id: int | None = None,
+        forward_process: ForwardProcess = ProgressiveUnmasking(4),  # noqa: B008 - holds no state
+        sampler: BlockSampler = BlockSampler(),  # noqa: B008 - holds no state
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01),
+        scheduler: LRSchedulerCallable | None = WarmupCosine,
+        init_from: str | None = None,
+        shifted: bool = False,
+    ) -> None:
+        schedule = StepSchedule("block_size", block_size)
+        _check_backbone(backbone)
+        super().__init__(
+            backbone, mask_id, forward_process, sampler, optimizer, scheduler, init_from, shifted  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.block_size: StepSchedule = schedule
+        self.eos_id = self.check_eos(eos_id)
+        process_steps = getattr(getattr(forward_process, "schedule", None), "steps", [])
+        for step in chain(schedule.steps, process_steps):
+            if forward_process.num_stages_at(step) > schedule.at(step):
+                raise ValueError(
+                    f"a block of {schedule.at(step)} positions has at most as many stages, got num_stages = "
+                    f"{forward_process.num_stages_at(step)} at optimizer step {step}; "
+                    "lower num_stages (or let it grow with the blocks), or use longer blocks"
+                )
+        self._steps_before = 0
+
+    def forward(self, xt: Tensor, x0: Tensor | None = None, block_size: int | None = None) -> Tensor:
+        """Predict every position, never as the mask token; all blocks in one pass.
+
+        Args:
+            xt: Partly masked sequences, (B, L) int64.
+            x0: What each block sees of the blocks before it, (B, L) int64; ``xt`` itself if not given.
+            block_size: Length of a block; the current one if not given.
+
+        Returns:
+            Logits aligned with positions, (B, L, V); -inf for the mask token.
+        """
+        x0 = xt if x0 is None else x0
+        block_size = block_size or self.current_block_size()
+        length = xt.shape[1]
+        # Nobody sees the last block of x0.
+        seen = length - block_size
+        hidden = self.backbone.hidden_states(xt, block_size=block_size, clean=x0[:, :seen])  # type: ignore[operator]
+        noisy, clean = hidden.split([length, seen], dim=1)
+        before = torch.cat([noisy[:, :1], clean[:, block_size - 1 :: block_size]], dim=1)
+        aligned = self.align(cut_blocks(noisy, block_size), before.flatten(0, 1)[:, None])
+        return self.predictions(aligned).view(*xt.shape, self.vocab_size)
+
+    def predictions(self, hidden: Tensor) -> Tensor:
+        """Hidden states aligned with positions, (..., D), to logits (..., V); -inf for the mask token."""
+        return exclude_token(self.backbone.lm_head(hidden), self.mask_id)  # type: ignore[operator]
+
+    def denoise(self, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
+        logits: Tensor = self(xt, x0, block_size)
+        return logits
+
+    def check_sampler(self, sampler: AnySampler) -> None:
+        """Check that a sampler is one for block models, and that it can generate as far as it is asked to."""
+        super().check_sampler(sampler)
+        assert isinstance(sampler, BlockSampler)
+        longest = getattr(self.backbone, "max_length", None)
+        if sampler.length is not None:
+            check_block_size(self.block_size.last, sampler.length)
+            if isinstance(longest, int) and sampler.length > longest:
+                raise ValueError(
+                    f"sampler: length {sampler.length} is more than the backbone's max_length {longest}; "
+                    "raise max_length, which changes no weights but those of learned positions"
+                )
+
+    def current_block_size(self) -> int:
+        """The length of the blocks at the step that training, or the checkpoint that was loaded, has come to."""
+        return self.block_size.at(max(self.global_step, self._steps_before))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As for every model; and remember how far the curriculum has come."""
+        super().on_load_checkpoint(checkpoint)
+        self._steps_before = int(checkpoint.get("global_step", 0))
+
+    def sample(
+        self,
+        input_ids: Tensor,
+        prompt_mask: Tensor,
+        sampler: AnySampler | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Sample:
+        sampler = sampler or self.sampler
+        self.check_sampler(sampler)
+        self.check_start(prompt_mask)
+        assert isinstance(sampler, BlockSampler)
+        block_size = self.current_block_size()
+        xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
+        with self.in_eval_mode():
+            reader = CachedBlocks(self, max(xt.shape[1], sampler.length or 0))
+            return sampler(reader, xt, self.mask_id, block_size, self.eos_id, generator)
+
+
+class CachedBlocks:
+    """Predicts the next block of sequences whose finished blocks it has read; their keys and values are kept.
+
+    Exact, because a clean position sees nothing that is still to be filled in.
+
+    Args:
+        model: The model.
+        length: How many positions there will be.
+    """
+
+    def __init__(self, model: BlockDiffusion, length: int) -> None:
+        self.model = model
+        self.cache = KeyValueCache(length)
+        self.before: Tensor | None = None
+
+    def read(self, tokens: Tensor, block_size: int) -> None:
+        """Take the next finished blocks of every row, (B, n)."""
+        hidden = self.model.backbone.hidden_states(tokens, self.cache, block_size)  # type: ignore[operator]
+        self.before = hidden[:, -1:]
+
+    def __call__(self, xt: Tensor) -> Tensor:
+        """The block after them, (B, S) with masked positions, to its logits, (B, S, V)."""
+        start = self.cache.length
+        hidden = self.model.backbone.hidden_states(xt, self.cache)  # type: ignore[operator]
+        self.cache.length = start
+        return self.model.predictions(self.model.align(hidden, self.before))
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows (n,) of the batch alone."""
+        self.cache.select(rows)
+        self.before = None if self.before is None else self.before[rows]
+
+
+def _check_backbone(backbone: nn.Module) -> None:
+    states = getattr(backbone, "hidden_states", None)
+    needed = {"cache", "block_size", "clean"}
+    missing = needed if states is None else needed - set(inspect.signature(states).parameters)
+    if missing or not hasattr(backbone, "lm_head"):
+        raise ValueError(
+            f"the backbone {type(backbone).__name__} cannot be used for block diffusion, which needs lm_head and "
+            "hidden_states(input_ids, cache, block_size, clean) as TransformerBackbone has them"
+        )
