@@ -1,9 +1,9 @@
-"""Who sees whom in block diffusion: one rule, as a mask for SDPA or for FlexAttention."""
+"""Who sees whom in block diffusion: one rule, as a mask for SDPA or for FlexAttention, or block by block."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,24 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    AttentionMask = Tensor | BlockMask
+# Where one call of SDPA for each block is faster than one with a mask on a CPU.
+FEWEST_POSITIONS, MOST_BLOCKS = 32, 16
+
+
+class BlockByBlock(NamedTuple):
+    """The rule as one call of SDPA for each block, on the keys it sees: nothing is computed to be masked.
+
+    Attributes:
+        noisy: Length of xt in ``[xt ; x0]``.
+        block_size: Length of a block.
+    """
+
+    noisy: int
+    block_size: int
+
+
+if TYPE_CHECKING:
+    AttentionMask = Tensor | BlockMask | BlockByBlock
 
 
 def sees(query: Tensor, key: Tensor, noisy: int, block_size: int) -> Tensor:
@@ -35,6 +52,29 @@ def sees(query: Tensor, key: Tensor, noisy: int, block_size: int) -> Tensor:
     key_block = torch.where(clean_key, key - noisy, key) // block_size
     before = clean_key & (key_block < query_block)
     return before | ((clean_query == clean_key) & (key_block == query_block))
+
+
+def attention_mask(
+    start: int, end: int, noisy: int, block_size: int, device: torch.device, flex: bool
+) -> AttentionMask:
+    """The rule in the form that is fastest, for the queries start..end-1 and the keys 0..end-1.
+
+    Args:
+        start: Index of the first query: how many positions a cache holds.
+        end: Number of keys.
+        noisy: Length of xt in ``[xt ; x0]``.
+        block_size: Length of a block.
+        device: Where it is needed.
+        flex: Whether FlexAttention can be used.
+
+    Returns:
+        What ``attend`` takes as its mask.
+    """
+    whole = not any(index % block_size for index in (start, end, noisy))
+    blocks = (noisy or end - start) // block_size
+    if device.type == "cpu" and not flex and whole and block_size >= FEWEST_POSITIONS and blocks <= MOST_BLOCKS:
+        return BlockByBlock(noisy, block_size)
+    return block_mask(start, end, noisy, block_size, device, flex)
 
 
 @lru_cache(maxsize=16)
@@ -66,13 +106,13 @@ def block_mask(start: int, end: int, noisy: int, block_size: int, device: torch.
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dropout: float, causal: bool, grouped: bool
 ) -> Tensor:
-    """Attention by FlexAttention where the mask is one of its own, else by SDPA.
+    """Attention by FlexAttention where the mask is one of its own, else by SDPA, in one call or block by block.
 
     Args:
         q: Queries ``(B, H, n, E)``.
         k: Keys ``(B, G, m, E)``.
         v: Values ``(B, G, m, E)``.
-        mask: From ``block_mask``; None to see everything.
+        mask: From ``attention_mask``; None to see everything.
         dropout: Probability of dropping an attention weight; not with FlexAttention.
         causal: Whether each of n = m positions sees those up to itself only.
         grouped: Whether G divides H instead of being equal to it.
@@ -80,12 +120,32 @@ def attend(
     Returns:
         ``(B, H, n, E)``.
     """
+    if isinstance(mask, BlockByBlock):
+        by_block: Tensor = _attend_block_by_block(q, k, v, mask, dropout, grouped)
+        return by_block
     if mask is None or isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
         )
     out: Tensor = compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
     return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # unrolled, it takes minutes to compile
+def _attend_block_by_block(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockByBlock, dropout: float, grouped: bool
+) -> Tensor:
+    noisy, size = mask
+    cached = k.shape[2] - q.shape[2]
+    attended = []
+    for index, queries in enumerate(torch.split(q, size, dim=2)):
+        start, end = index * size, (index + 1) * size
+        if start < noisy:
+            keys, values = (torch.cat([x[:, :, noisy : noisy + start], x[:, :, start:end]], dim=2) for x in (k, v))
+        else:
+            keys, values = (x[:, :, noisy : cached + end] for x in (k, v))
+        attended.append(attend(queries, keys, values, None, dropout, causal=False, grouped=grouped))
+    return torch.cat(attended, dim=2)
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from puma_lightning.models.block_attention import attend, block_mask
+from puma_lightning.models.block_attention import attend, attention_mask
 
 if TYPE_CHECKING:
     from puma_lightning.models.block_attention import AttentionMask
@@ -371,7 +371,7 @@ class TransformerBackbone(nn.Module):
         if block_size is not None and input_ids.shape[1] > block_size:
             # FlexAttention has no dropout.
             flex = x.is_cuda and not (self.dropout and self.training)
-            mask = block_mask(start, start + input_ids.shape[1], noisy, block_size, x.device, flex)
+            mask = attention_mask(start, start + input_ids.shape[1], noisy, block_size, x.device, flex)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             if cache is not None:
