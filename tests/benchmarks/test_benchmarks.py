@@ -23,6 +23,12 @@ def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return import_module("train_step")
 
 
+@pytest.fixture
+def block(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return import_module("block")
+
+
 def test_script_is_a_function_of_sequence_position_and_count(published_chain):
     setting = published_chain.Setting("", 12, (2, 5), 4)
     x0, prompt_mask = published_chain.sequences(np.array([7, 8, 7], np.uint64), setting)
@@ -59,3 +65,14 @@ def test_train_step_measures_all_processes(train_step):
     for result in results.values():
         assert 0 < result["step_ms"]["min"] <= result["step_ms"]["median"] <= result["step_ms"]["max"]
     assert set(results["RandomMasking"]["ratios_to_baseline"]["step"].values()) == {1.0}
+
+
+def test_block_measures_both_sides_of_training_and_sampling(block):
+    sizes = "--hidden_size 16 --num_layers 1 --num_heads 2 --vocab_size 32 --length 32 --num_blocks 2 4 --block_sizes 8"
+    args = block.parser().parse_args([*sizes.split(), "--rounds", "2"])
+    trained, sampled = block.train(args), block.generate(args)
+    assert list(trained) == ["2", "4"] and list(sampled) == ["8"]
+    for measured in (*trained.values(), *sampled.values()):
+        assert measured["times_as_fast"]["cpu"]["of_medians"] > 0
+    # 24 positions after the prompt of 8, two in each pass, and a pass to read each block but the last.
+    assert sampled["8"]["forward_passes"] == 12 + 3

@@ -1,0 +1,245 @@
+"""Block diffusion: one pass for all blocks, and the cache of finished ones. See benchmarks/README.md."""
+
+import argparse
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import _report
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from puma_lightning.forward_process import stratified_masking
+from puma_lightning.losses import masked_cross_entropy
+from puma_lightning.models import TransformerBackbone
+from puma_lightning.modules import BlockDiffusion
+from puma_lightning.modules.block_diffusion import CachedBlocks
+from puma_lightning.sampling import BlockSampler, Sample, Sampler
+from puma_lightning.unmasking import cut_blocks
+
+ONE_PASS, LOOP = "one pass", "pass per block"
+CACHED, UNCACHED = "cached", "read again"
+TARGET = 2.0  # times as fast as the loop, from 8 blocks on
+
+
+class Training:
+    """One optimizer step on the same batch, in both ways."""
+
+    def __init__(self, args: argparse.Namespace, num_blocks: int) -> None:
+        self.module = build(args, args.length // num_blocks)
+        self.size = args.length // num_blocks
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.0)
+        generator = torch.Generator().manual_seed(1)
+        self.x0 = torch.randint(args.vocab_size - 1, (args.batch_size, args.length), generator=generator)
+        rows = cut_blocks(self.x0, self.size)
+        given = torch.zeros_like(rows, dtype=torch.bool)
+        self.xt = stratified_masking(rows, given, self.module.mask_id, generator).view_as(self.x0)
+        # Every block has something masked, so the loss is the mean over all of them.
+        self.count = len(rows)
+
+    def one_pass(self) -> Tensor:
+        """As ``MaskedDiffusion.training_step`` does it; the loss of each block of each row."""
+        logits = cut_blocks(self.module.denoise(self.xt, self.x0, self.size), self.size)
+        masked = cut_blocks(self.xt == self.module.mask_id, self.size)
+        losses = masked_cross_entropy(logits, cut_blocks(self.x0, self.size), masked)
+        (losses.sum() / self.count).backward()
+        return losses.detach().view(len(self.x0), -1)
+
+    def pass_per_block(self) -> Tensor:
+        """As in the published code: a bidirectional pass, and its backward pass, for each block and those before it."""
+        found = []
+        for start in range(0, self.xt.shape[1], self.size):
+            end = start + self.size
+            read = torch.cat([self.x0[:, :start], self.xt[:, start:end]], dim=1)
+            hidden = self.module.backbone.hidden_states(read)  # type: ignore[operator]
+            logits = self.module.predictions(hidden[:, start:])
+            losses = masked_cross_entropy(logits, self.x0[:, start:end], read[:, start:] == self.module.mask_id)
+            (losses.sum() / self.count).backward()
+            found.append(losses.detach())
+        return torch.stack(found, dim=1)
+
+    def step(self, side: str) -> Tensor:
+        self.optimizer.zero_grad()
+        losses = self.one_pass() if side == ONE_PASS else self.pass_per_block()
+        self.optimizer.step()
+        return losses
+
+    def check(self) -> None:
+        """Both have a loss at every block of every row, and it is the same where they see the same: in the first."""
+        ours, theirs = self.step(ONE_PASS), self.step(LOOP)
+        assert ours.shape == theirs.shape and (ours > 0).all() and (theirs > 0).all()
+        torch.testing.assert_close(ours[:, 0], theirs[:, 0], atol=1e-4, rtol=1e-4)
+
+
+class ReadAgain:
+    """A reader without a cache: every step reads all finished blocks and the current one."""
+
+    def __init__(self, module: BlockDiffusion) -> None:
+        self.module = module
+        self.finished: Tensor | None = None
+        self.size = 0
+
+    def read(self, tokens: Tensor, block_size: int) -> None:
+        self.finished = tokens if self.finished is None else torch.cat([self.finished, tokens], dim=1)
+        self.size = block_size
+
+    def __call__(self, xt: Tensor) -> Tensor:
+        rows = xt if self.finished is None else torch.cat([self.finished, xt], dim=1)
+        hidden = self.module.backbone.hidden_states(rows, block_size=xt.shape[1])  # type: ignore[operator]
+        return self.module.predictions(hidden[:, -xt.shape[1] :])
+
+    def select(self, rows: Tensor) -> None:
+        self.finished = None if self.finished is None else self.finished[rows]
+
+
+def build(args: argparse.Namespace, block_size: int) -> BlockDiffusion:
+    torch.manual_seed(0)
+    backbone = TransformerBackbone(
+        args.vocab_size, args.hidden_size, 3 * args.hidden_size, args.num_layers, args.num_heads, max_length=args.length
+    )
+    return BlockDiffusion(backbone, args.vocab_size - 1, block_size)
+
+
+def sample(module: BlockDiffusion, args: argparse.Namespace, block_size: int, side: str) -> Sample:
+    xt = torch.full((args.sample_batch_size, args.length), module.mask_id)
+    # A prompt that differs between the rows.
+    xt[:, :8] = torch.randint(args.vocab_size - 1, (len(xt), 8), generator=torch.Generator().manual_seed(2))
+    reader = CachedBlocks(module, args.length) if side == CACHED else ReadAgain(module)
+    return BlockSampler(Sampler(tokens_per_step=args.tokens_per_step))(reader, xt, module.mask_id, block_size)
+
+
+def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, label: str) -> dict[str, Any]:
+    """Wall and processor time of the sides, in random order within every round."""
+    wall: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
+    order, shuffled = list(sides), random.Random(0)
+    for _ in tqdm(range(rounds), desc=label, mininterval=1):
+        shuffled.shuffle(order)
+        for name in order:
+            start, start_cpu = time.perf_counter(), time.process_time()
+            sides[name]()
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - start_cpu)
+    slow = list(sides)[1]
+    return {
+        "seconds": {name: spread(values) for name, values in wall.items()},
+        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
+        "times_as_fast": {"wall": ratios(wall, slow), "cpu": ratios(cpu, slow)},
+    }
+
+
+def ratios(times: dict[str, list[float]], slow: str) -> dict[str, float]:
+    """The slow side over the other: of the medians, and round by round."""
+    (fast,) = set(times) - {slow}
+    by_round = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
+    of_medians = statistics.median(times[slow]) / statistics.median(times[fast])
+    return {"of_medians": round(of_medians, 3), **spread(by_round)}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    named = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, 3) for name, value in named.items()}
+
+
+def peak_growth_mb(args: argparse.Namespace, num_blocks: int, side: str) -> int:
+    """How much the peak of the resident memory grows in a step, in a process of its own."""
+    words = [word for word in sys.argv if word != "--memory"]
+    child = subprocess.run(
+        [sys.executable, *words, "--peak", str(num_blocks), side], check=True, capture_output=True, text=True
+    )
+    return int(child.stdout.split()[-1])
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    found = {}
+    for num_blocks in args.num_blocks:
+        training = Training(args, num_blocks)
+        training.check()
+        sides = {side: partial(training.step, side) for side in (ONE_PASS, LOOP)}
+        measured = in_turn(sides, args.rounds, f"{num_blocks} blocks")
+        if args.memory:
+            measured["peak_rss_growth_mb"] = {side: peak_growth_mb(args, num_blocks, side) for side in sides}
+        found[str(num_blocks)] = measured
+    return found
+
+
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    found = {}
+    for block_size in args.block_sizes:
+        module = build(args, block_size).eval()
+        for weight in module.parameters():
+            if weight.ndim == 2:
+                # Untrained, all positions look alike, and rounding would decide which is revealed first.
+                weight.data *= 5
+        samples: dict[str, Sample] = {}
+
+        def run(
+            side: str, module: BlockDiffusion = module, size: int = block_size, into: dict[str, Sample] = samples
+        ) -> None:
+            into[side] = sample(module, args, size, side)
+
+        measured = in_turn(
+            {side: partial(run, side) for side in (CACHED, UNCACHED)}, args.sample_rounds, str(block_size)
+        )
+        one, other = samples[CACHED], samples[UNCACHED]
+        assert one.tokens.equal(other.tokens) and one.reveal_step.equal(other.reveal_step), "the samples differ"
+        found[str(block_size)] = {**measured, "forward_passes": int(one.nfe.max()), "same_tokens": True}
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--num_layers", type=int, default=6)
+    parser.add_argument("--num_heads", type=int, default=8)
+    parser.add_argument("--vocab_size", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch_size", type=int, default=4, help="of training")
+    parser.add_argument("--num_blocks", type=int, nargs="*", default=[2, 8, 16], help="of training")
+    parser.add_argument("--rounds", type=int, default=5, help="of training")
+    parser.add_argument("--memory", action="store_true", help="also how much memory a step takes at its peak")
+    parser.add_argument("--block_sizes", type=int, nargs="*", default=[32, 128], help="of sampling")
+    parser.add_argument("--sample_batch_size", type=int, default=8)
+    parser.add_argument("--tokens_per_step", type=int, default=2)
+    parser.add_argument("--sample_rounds", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/block.json"))
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if args.peak:
+        num_blocks, side = args.peak
+        training = Training(args, int(num_blocks))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        training.step(side)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+        return
+    shape = {name: value for name, value in vars(args).items() if name not in ("out", "peak", "memory")}
+    report: dict[str, Any] = {"command": _report.command_line(), "environment": _report.environment(), "shape": shape}
+    report["parameters"] = sum(p.numel() for p in build(args, args.length).parameters())
+    report["training"] = train(args)
+    report["sampling"] = generate(args)
+    fast = [m["times_as_fast"]["cpu"]["of_medians"] for n, m in report["training"].items() if int(n) >= 8]
+    report["training_target"] = {"times_as_fast_from_8_blocks": TARGET, "met": min(fast, default=0) >= TARGET}
+    _report.write(args.out, report)
+    for part, unit in (("training", "blocks"), ("sampling", "positions a block")):
+        for number, measured in report[part].items():
+            print(f"{part}, {number} {unit}:", measured.get("peak_rss_growth_mb", ""))
+            for side, seconds in measured["seconds"].items():
+                print(f"    {side:15}", seconds, "processor", measured["cpu_seconds"][side])
+            print("    times as fast  ", measured["times_as_fast"])
+    print(report["training_target"])
+
+
+if __name__ == "__main__":
+    main()
