@@ -1,6 +1,7 @@
 """Generation on text: metrics that read completions, samples in the log, judged lines in the predictions."""
 
 import json
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -105,6 +106,50 @@ def test_metrics_get_what_they_ask_for(tmp_path):
     assert "val/loss" in trainer.callback_metrics  # of the whole texts
     assert not [name for name in trainer.callback_metrics if name.startswith("val/loss/")]  # questions have none
     assert any("text_accuracy 60.0%" in line and "(5 sequences" in line for line in callback.summary)
+
+
+class Unanswered(Texts):
+    """No set has answers."""
+
+    def train_dataloader(self):
+        return DataLoader(self.texts, batch_size=2)
+
+    def val_dataloader(self):
+        return DataLoader(self.texts, batch_size=2)
+
+    test_dataloader = val_dataloader
+
+
+def warned(call, *args, **options):
+    """What a call said about metrics that never apply."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(*args, **options)
+    return [str(warning.message) for warning in caught if "logs nothing of" in str(warning.message)]
+
+
+def test_a_metric_that_never_applies_is_told_once_a_run(tmp_path):
+    class Length(Equal):
+        def update(self, completions: list[str]) -> None:
+            self.total += len(completions)
+
+    callback = GenerationEvaluation({"text": Equal(), "length": Length()}, [Sampler()])
+    trainer = run(tmp_path, [callback], max_epochs=3, num_sanity_val_steps=1)
+    for call in (trainer.fit, trainer.validate, trainer.test):
+        (said,) = warned(call, model(), datamodule=Unanswered())
+        assert "nothing of 'text': expected a set whose batches have an 'answer'" in said
+        assert ("the test sets" if call == trainer.test else "the val sets") in said
+
+
+def test_a_metric_that_applies_to_one_set_is_not_told(tmp_path):
+    callback = GenerationEvaluation({"text": Equal()}, [Sampler()])
+    assert not warned(run(tmp_path, [callback]).validate, model(), datamodule=Texts())
+
+
+def test_the_sanity_check_does_not_tell(tmp_path):
+    callback = GenerationEvaluation({"text": Equal()}, [Sampler()])
+    trainer = run(tmp_path, [callback], max_steps=1, num_sanity_val_steps=1)  # ends before a validation
+    assert not warned(trainer.fit, model(), datamodule=Unanswered())
 
 
 def test_samples_are_shown_as_text(tmp_path):

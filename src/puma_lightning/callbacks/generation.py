@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -29,7 +30,7 @@ class GenerationEvaluation(Callback):
 
     Metrics get what the arguments of their ``update`` ask for: ``tokens``, ``input_ids``, ``prompt_mask``, all (B, L),
     ``completions`` and ``answers``, lists of text. The last two take a DataModule that decodes and batches with an
-    ``answer``; sets without answers are left alone by metrics that ask for them.
+    ``answer``; sets without answers are left alone by metrics that ask for them, with a warning if none has any.
 
     Args:
         metrics: By name.
@@ -71,6 +72,11 @@ class GenerationEvaluation(Callback):
         self._results: dict[str, Metric] = {}
         self._seen: dict[int, int] = {}
         self._shown: list[str] = []
+        self._warned = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """A new run, which is warned anew."""
+        self._warned = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting anew."""
@@ -148,6 +154,7 @@ class GenerationEvaluation(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was counted, over all ranks."""
         stage = "test" if trainer.testing else "val"
+        self._warn_of_idle_metrics(trainer, stage)
         values = {name: metric.compute() for name, metric in self._results.items()}
         if values:
             self.summary = []
@@ -163,6 +170,18 @@ class GenerationEvaluation(Callback):
                 number, passes = int(values[f"examples/{of}"]), float(values[f"nfe/{of}"])
                 self.summary.append(f"{of:<20} {shown} ({number:,} sequences, {passes:.1f} passes each)")
         self._log_text(trainer)
+
+    def _warn_of_idle_metrics(self, trainer: pl.Trainer, stage: str) -> None:
+        """Say once what no set has answers for; such a metric is missing from the logs and nothing else shows it."""
+        applied = {name.split("/")[0] for name in self._results}
+        idle = [n for n, metric in self.metrics.items() if "answers" in arguments(metric) and n not in applied]
+        if not idle or self._warned or trainer.sanity_checking:
+            return
+        self._warned = True
+        rank_zero_warn(
+            f"GenerationEvaluation logs nothing of {', '.join(map(repr, idle))}: expected a set whose batches have an "
+            f"'answer', got none among the {stage} sets; give one with gold answers, or leave the metric out"
+        )
 
     def _log_text(self, trainer: pl.Trainer) -> None:
         folder = trainer.log_dir  # asks all ranks, so it must not be left to rank 0
