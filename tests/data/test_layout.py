@@ -24,7 +24,7 @@ def examples(draw: st.DrawFn) -> list[tuple[list[int], int] | None]:
 def test_one_example_per_sequence(rows: Any, length: int, padding: Any, shortest: int) -> None:
     laid = lay_out(rows, length, EOS, padding, shortest)
     assert laid.tokens.shape == (len(laid.kept), length)
-    assert len(rows) == len(laid.kept) + laid.counts["empty"] + laid.counts["without room for an answer"]
+    assert len(rows) == len(laid.kept) + laid.counts.total() - laid.counts["cut"]
     cut = 0
     for row, tokens, prompt, end in zip(laid.kept, laid.tokens.tolist(), laid.prompt, laid.end, strict=True):
         whole, size = rows[row]
@@ -46,6 +46,33 @@ def test_one_example_per_sequence(rows: Any, length: int, padding: Any, shortest
             short = {"eos": length, "first_eos": room + 1, "none": room}[padding] - size < shortest
             cut_off = room <= size < len(example[0]) + (example[1] == 0)
             assert short or cut_off
+
+
+@given(examples(), st.integers(2, 10), st.sampled_from(["eos", "first_eos", "none"]), st.integers(1, 4))
+def test_the_reason_is_the_prompt_if_no_other_answer_would_do(
+    rows: Any, length: int, padding: Any, shortest: int
+) -> None:
+    """Each row alone, then with its prompt kept and the answer that fills the sequence."""
+    for row in filter(None, rows):
+        laid = lay_out([row], length, EOS, padding, shortest)
+        whole, size = row
+        longest = (whole[:size] + [2] * max(length - 1 - max(size, 1), 1), size)
+        skipped = bool(whole) and not len(laid.kept)
+        would_do = len(lay_out([longest], length, EOS, padding, shortest).kept) == 1
+        assert laid.counts["short answer"] == (skipped and would_do)
+        assert laid.counts["without room for an answer"] == (skipped and not would_do)
+        assert not (padding == "eos" and laid.counts["short answer"])
+
+
+@pytest.mark.parametrize(
+    ("padding", "reasons"),
+    [("eos", {"without room for an answer": 1}), ("first_eos", {"without room for an answer": 1, "short answer": 1}),
+     ("none", {"without room for an answer": 1, "short answer": 2})],
+)  # fmt: skip
+def test_reasons_by_padding(padding: Any, reasons: dict[str, int]) -> None:
+    """At least 3 positions of 10: answers of 1, 2 and 3 tokens, and a prompt of 8."""
+    rows: Any = [([2] * 4, 3), ([2] * 5, 3), ([2] * 6, 3), ([2] * 9, 8)]
+    assert +lay_out(rows, 10, EOS, padding, 3).counts == reasons
 
 
 @given(st.lists(st.none() | ids, min_size=1, max_size=6), st.integers(2, 10), st.integers(1, 4))

@@ -1,5 +1,6 @@
 import json
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_the_rule_of_the_paper(
     made = data._open("train")
     batch = made.__getitems__(range(len(made)))
     assert list(zip(batch["input_ids"].tolist(), batch["prompt_mask"].tolist(), strict=True)) == expected
-    assert made.rows == len(rows) + 1 == len(made) + made.counts["empty"] + made.counts["without room for an answer"]
+    assert made.rows == len(rows) + 1 == len(made) + Counter(made.counts).total() - made.counts["cut"]
 
 
 def test_what_is_left_out_is_counted_and_said(tmp_path: Path) -> None:
@@ -142,6 +143,19 @@ def test_what_is_left_out_is_counted_and_said(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match=message):
             data = module(tmp_path, train_file=file, val_file=write(tmp_path, "val.jsonl", ROWS))
     assert texts(data, "train")[1] == ("q\n", "x")
+
+
+@pytest.mark.parametrize("padding", ["eos", "first_eos", "none"])
+def test_the_reason_for_skipping_is_true(tmp_path: Path, padding: str) -> None:
+    """A short program is no fault of its question, and with the paper's padding none at all."""
+    file = write(tmp_path, "short.jsonl", [{"question": "q", "code": "x"}, {"question": "1" * 200, "code": "x"}, *ROWS])
+    with pytest.warns(UserWarning, match=r"train set: .* from 42 rows; .*whose prompt leaves") as caught:
+        module(
+            tmp_path, train_file=file, val_file=write(tmp_path, "val.jsonl", ROWS), padding=padding, min_answer_length=4
+        )
+    (said,) = {str(warning.message) for warning in caught if "train set" in str(warning.message)}
+    assert "1 rows skipped whose prompt leaves too few positions" in said
+    assert ("1 rows skipped whose answer has too few positions" in said) == (padding != "eos")
 
 
 def test_questions_that_are_too_long_are_counted_but_refused_for_prediction(tmp_path: Path) -> None:

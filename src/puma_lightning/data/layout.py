@@ -46,7 +46,8 @@ def lay_out(
         eos_id: EOS.
         padding: ``eos``: all positions after the example are part of the answer. ``first_eos``: the first EOS is, the
             others are given. ``none``: all EOS are given.
-        min_answer_length: Skip an example whose prompt leaves fewer answer positions.
+        min_answer_length: Skip an example with fewer answer positions: its prompt leaves no more or, unless padding
+            is ``eos``, its answer has no more.
     """
     counts: Counter[str] = Counter()
     filled = [bool(example and example[0]) for example in examples]
@@ -58,8 +59,12 @@ def lay_out(
     inside = np.minimum(size, length - 1)
     end = {"eos": np.full_like(size, length), "first_eos": inside + 1, "none": inside}[padding]
     # At least one token of the answer must be left: EOS alone would be learned as the answer.
-    enough = (end - prompt >= min_answer_length) & ((inside > prompt) | (size == prompt))
-    counts["without room for an answer"] = int((~enough).sum())
+    cut_off = (inside <= prompt) & (size > prompt)
+    enough = (end - prompt >= min_answer_length) & ~cut_off
+    # The longest answer would not do either; otherwise it is this one that is short.
+    no_room = cut_off | ((length - 1 if padding == "none" else length) - prompt < min_answer_length)
+    counts["without room for an answer"] = int(no_room.sum())
+    counts["short answer"] = int((~enough & ~no_room).sum())
     counts["cut"] = int((size[enough] > length - 1).sum())
     tokens = np.full((int(enough.sum()), length), eos_id, np.int64)
     ids = [whole[i][0][: length - 1] for i in np.flatnonzero(enough)]

@@ -44,7 +44,7 @@ class TinyGSMDataModule(TextDataModule):
         padding: What is trained on after the program. ``eos``: all remaining positions, which are EOS, as in the paper.
             ``first_eos``: the first EOS; the rest of the sequence is EOS marked as given, so a bidirectional model can
             see where the answer ends. ``none``: nothing; EOS and all after it are given.
-        min_answer_length: Skip rows whose question leaves fewer positions to train on.
+        min_answer_length: Skip rows with fewer positions to train on.
         num_train: Train on this many rows at most; null for all.
         num_val: Number of rows held out (null: a tenth, 1,000 at most), or read this many of ``val_file`` at most
             (null: all).

@@ -28,6 +28,7 @@ Answers = Callable[[Rows], list[str] | None]
 _REASONS = {
     "empty": "{:,} empty rows skipped",
     "without room for an answer": "{:,} rows skipped whose prompt leaves too few positions for an answer",
+    "short answer": "{:,} rows skipped whose answer has too few positions",
     "cut": "{:,} rows too long for a sequence cut",
     "left over": "{:,} tokens at the end left over",
 }
