@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from puma_lightning import hub
 from puma_lightning.data import sources, text
 from puma_lightning.data.base import check_batch
 from puma_lightning.data.rows import Rows, Selection
@@ -348,7 +349,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: st
         assert Path(cache_dir) == tmp_path / "cache" / "datasets"
         return Dataset.from_dict({"text": LINES})
 
-    monkeypatch.setattr(sources, "_hub_answers", lambda: True)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: True)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert len(module(tmp_path, train_file=given)._sets["train"]) > 10
     module(tmp_path, train_file=given)  # from the cache, without the hub

@@ -10,7 +10,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puma_lightning.data import sources
+from puma_lightning import hub
 from puma_lightning.data.base import check_batch
 from puma_lightning.data.tinygsm import TinyGSMDataModule, gold_answer
 
@@ -248,7 +248,7 @@ def test_the_defaults_are_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
         calls.append((name, config, split))
         return Dataset.from_list(QUESTIONS if name == "openai/gsm8k" else ROWS)
 
-    monkeypatch.setattr(sources, "_hub_answers", lambda: True)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: True)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     data = TinyGSMDataModule(vocab_size=280, sequence_length=96, cache_dir=str(tmp_path))
     data.prepare_data()

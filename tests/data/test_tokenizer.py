@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from puma_lightning.data import sources
+from puma_lightning import hub
 from puma_lightning.data.tokenizer import (
     TextTokenizer,
     cached_tokenizer,
@@ -160,14 +160,14 @@ def test_cached(tmp_path: Path) -> None:
 def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TRAINED.tokenizer.save(str(tmp_path / "downloaded"))
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(sources, "_hub_answers", lambda: True)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a: asked.append(a) or tmp_path / "downloaded")
     assert prepare_tokenizer(load_tokenizer("some/model"), None, MASK).fingerprint == TRAINED.fingerprint
     assert asked == [("some/model", "tokenizer.json")]
 
 
 def test_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
     with pytest.raises(ValueError, match=r"tokenizer: found no file 'a/b', and the .* can't be reached.*vocab.json"):
         load_tokenizer("a/b")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from puma_lightning import AutoregressiveLM, MaskedDiffusion, TransformerBackbone
+from puma_lightning import AutoregressiveLM, MaskedDiffusion, TransformerBackbone, hub
 from puma_lightning.models.qwen2 import read_qwen2
 
 V = 40
@@ -179,8 +179,12 @@ def test_a_hub_out_of_reach_says_what_to_pass_instead(monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("no route")
 
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
     monkeypatch.setattr("puma_lightning.models.qwen2.snapshot_download", unreachable)
-    with pytest.raises(ValueError, match=r"cannot get Qwen/Qwen2-0.5B .*ConnectionError.*pass a local folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"init_from: .*'Qwen/Qwen2-0.5B', and .*can't be reached \(ConnectionError.*give a local folder",
+    ):
         read_qwen2("Qwen/Qwen2-0.5B")
 
 
@@ -192,6 +196,7 @@ def test_a_model_from_the_hub(tmp_path, monkeypatch):
         asked.append((name, allow_patterns))
         return str(tmp_path)
 
+    monkeypatch.setattr(hub, "_hub_answers", lambda: True)
     monkeypatch.setattr("puma_lightning.models.qwen2.snapshot_download", download)
     tensors, settings = read_qwen2("Qwen/Qwen2-0.5B")
     assert asked[0][0] == "Qwen/Qwen2-0.5B" and "config.json" in asked[0][1]

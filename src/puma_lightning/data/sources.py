@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
+
+from puma_lightning.hub import from_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,7 +20,6 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SMALL = 64 * 2**20  # bytes read too fast for a progress bar
 # Opening a file touches a page of each of its blocks, so that memory grows with their number.
 _ROWS_IN_A_BLOCK = 20_000
-_SECONDS_TO_REACH_THE_HUB = 5
 
 
 @dataclass(frozen=True)
@@ -144,42 +144,3 @@ def _quiet(small: bool) -> Iterator[None]:
     finally:
         if small and bars:
             datasets.enable_progress_bars()
-
-
-@contextmanager
-def from_hub(argument: str, name: str, instead: str) -> Iterator[None]:
-    """Downloads inside are quick to fail without a network, take what was downloaded before, and say what to do.
-
-    Raises:
-        ValueError: If a download fails, with the argument and what to give instead.
-    """
-    import datasets
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE or not _hub_answers()
-    try:
-        # Left to themselves the libraries try again for half a minute, and only then look into their caches.
-        with (
-            patch.object(constants, "HF_HUB_OFFLINE", offline),
-            patch.object(datasets.config, "HF_HUB_OFFLINE", offline),
-        ):
-            yield
-    except Exception as error:
-        state = "the Hugging Face hub can't be reached" if offline else "loading it from the Hugging Face hub failed"
-        if constants.HF_HUB_OFFLINE:
-            state = "HF_HUB_OFFLINE is set"
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{argument}: found no file {name!r}, and {state} ({type(error).__name__}: {reason}); "
-            f"give {instead} instead"
-        ) from None
-
-
-def _hub_answers() -> bool:
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_SECONDS_TO_REACH_THE_HUB)
-    except Exception:
-        return False
-    return True

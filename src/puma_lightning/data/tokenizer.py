@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from puma_lightning.data.sources import from_hub
+from puma_lightning.hub import from_hub
 from puma_lightning.sudoku.files import replacing
 
 # Otherwise tokenizers warns whenever a DataLoader forks workers; they tokenise nothing.

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from puma_lightning.hub import from_hub
 
 
 def read_qwen2(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -47,16 +48,10 @@ def _download(name: str) -> Path:
             f"expected a checkpoint, a folder with config.json and model.safetensors, or a model's name on the "
             f"Hugging Face hub such as Qwen/Qwen2-0.5B; found none at {name}"
         )
-    try:
+    with from_hub("init_from", name, "a local folder with its config.json and safetensors files"):
         return Path(
             snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
         )
-    except Exception as error:
-        where = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "is the hub in reach, the name right?"
-        raise ValueError(
-            f"cannot get {name} from the Hugging Face hub ({type(error).__name__}; {where}); "
-            "pass a local folder with its config.json and safetensors files instead"
-        ) from error
 
 
 def _files(folder: Path) -> list[Path]:
