@@ -1,7 +1,10 @@
 """The text configs, run in process as a user would run them: five ways to train one model."""
 
+import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import yaml
 
 from puma_lightning import AutoregressiveLM, MaskedDiffusion, TransformerBackbone
 from puma_lightning.cli import main
+from puma_lightning.words import make_problems
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [
@@ -95,14 +99,19 @@ def test_configs_differ_in_what_they_are_named_for_only(scale):
     assert configs["ar"] == configs["mdm"]
 
 
-def fit(name, *options):
-    """A config of the words, but 2 steps, validated and saved after both."""
+def write_config(name, changes=()):
+    """A config of the words, but 2 steps, validated and saved after both; `changes` are pairs of old and new text."""
     text = (CONFIGS / "words" / f"{name}.yaml").read_text()
-    for key, value in (("max_steps", 1200), ("val_check_interval", 300), ("every_n_train_steps", 300)):
-        assert f"{key}: {value}" in text
-        text = text.replace(f"{key}: {value}", f"{key}: 2")
+    replaced = [("max_steps: 1200", "max_steps: 2"), ("val_check_interval: 300", "val_check_interval: 2")]
+    for old, new in [*replaced, ("every_n_train_steps: 300", "every_n_train_steps: 2"), *changes]:
+        assert old in text
+        text = text.replace(old, new)
     Path(f"{name}.yaml").write_text(text)
-    main(["fit", "--config", f"{name}.yaml", *SMALL, *WORDS, *options])
+    return ["fit", "--config", f"{name}.yaml", *SMALL, *WORDS]
+
+
+def fit(name, *options):
+    main([*write_config(name), *options])
     return Path("runs/words") / name / "version_0"
 
 
@@ -154,3 +163,59 @@ def test_the_environment_of_the_trainer_stays(monkeypatch):
     before = dict(os.environ)
     fit("ar")
     assert {name: os.environ.get(name) for name in before} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ar", "puma"])
+def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(name):
+    """Through validation, generation and the text cache."""
+    every = [("filename: last", 'filename: "{step}", save_top_k: -1'), ("max_steps: 2", "max_steps: 4")]
+    command = [*write_config(name, every), "--trainer.log_every_n_steps=1"]
+    main(command)
+    whole = losses(name, "version_0")
+    assert list(whole) == ["0", "1", "2", "3"] and len(set(whole.values())) == 4
+    main([*command, "--ckpt_path", f"runs/words/{name}/version_0/checkpoints/step=2.ckpt"])
+    assert losses(name, "version_1") == {step: whole[step] for step in ("2", "3")}
+
+
+def losses(name, version):
+    """Every training loss of a run, all digits, by step."""
+    with Path("runs/words", name, version, "metrics.csv").open() as file:
+        return {row["step"]: row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]}
+
+
+COUNTED = """
+import os
+from pathlib import Path
+from puma_lightning import ProgramAccuracy
+
+class Counted(ProgramAccuracy):
+    def update(self, completions: list[str], answers: list[str]) -> None:
+        super().update(completions, answers)
+        with Path(f"judged{os.environ.get('LOCAL_RANK', 0)}").open("a") as file:
+            file.writelines(f"{answer}\\n" for answer in answers)
+
+    def compute(self):
+        return {**super().compute(), "total": self.total}
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_judge_every_problem_once():
+    """As a user runs it; each rank runs the programs of its own half, and the accuracy is of both halves."""
+    Path("counted.py").write_text(COUNTED)
+    command = [*write_config("puma", [("program: ProgramAccuracy", "program: counted.Counted")]), "--data.num_val=10"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "LOCAL_RANK"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "puma_lightning", *command, *two], capture_output=True, text=True, timeout=240,
+        env={**environment, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Trained for 2 optimizer steps" in done.stdout and "(10 sequences" in done.stdout
+    with Path("runs/words/puma/version_0/metrics.csv").open() as file:
+        (total,) = (row["val/program_total/confidence_2"] for row in csv.DictReader(file) if row["val/loss"])
+    assert float(total) == 10
+    judged = [Path(f"judged{rank}").read_text().split() for rank in (0, 1)]
+    assert [len(answers) for answers in judged] == [5, 5]
+    assert sorted(judged[0] + judged[1]) == sorted(row["answer"] for row in make_problems(10, 0, "val"))
