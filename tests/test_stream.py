@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
+from puma_lightning.schedule import StepSchedule
 from puma_lightning.sequences import CleanSequences, derived_seed
 from puma_lightning.stream import Stream
 
@@ -102,10 +103,12 @@ def stream_of(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    block_size: Any = None,
 ) -> Stream:
     loader = loader or DataLoader(Rows(101), batch_size=4, shuffle=True)
     supply = clean(loader, rank, world_size, seed)
-    return Stream(supply, process, MASK, supply.batch_size, steps, groups, seed)
+    blocks = None if block_size is None else StepSchedule("block_size", block_size)
+    return Stream(supply, process, MASK, supply.batch_size, steps, groups, seed, block_size=blocks)
 
 
 def predictions(x0: Tensor, step: int) -> Tensor:
@@ -526,3 +529,100 @@ def test_a_supply_ends_with_its_last_reference(kind):
         assert alive() is None
     finally:
         gc.enable()
+
+
+# --- blocks ---
+
+BLOCKS = [2, [(0, 1), (3, 2), (9, 6)], [(0, 2), (4, 3)]]
+block_processes = pytest.mark.parametrize(
+    "process",
+    [RandomMasking(), ProgressiveUnmasking(1), ProgressiveUnmasking(4), ProgressiveUnmasking(2, threshold=0.7)],
+    ids=["mdm", "one stage", "puma", "threshold"],
+)
+
+
+@block_processes
+@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_slot_keeps_its_sequence_until_all_its_blocks_are_done(process, block_size, groups):
+    """Boards only uncover, across switches of the block size too, and every batch has something to learn from."""
+    stream = stream_of(process, groups=groups, block_size=block_size)
+    before: dict[int, dict[str, Tensor]] = {}
+    for index, batch in enumerate(train(stream, 40)):
+        masked = batch["xt"] == MASK
+        assert masked.any(1).all()
+        assert torch.equal(batch["xt"], torch.where(masked, batch["xt"], batch["input_ids"]))
+        assert not (masked & batch["prompt_mask"]).any()
+        last = before.get(index % groups)
+        if last is not None:
+            stays = (batch["input_ids"] == last["input_ids"]).all(1)
+            was_masked = last["xt"] == MASK
+            assert not (masked & ~was_masked)[stays].any()
+            if isinstance(process, RandomMasking):
+                assert not stays.any()
+        before[index % groups] = batch
+
+
+@block_processes
+@pytest.mark.parametrize("block_size", BLOCKS)
+def test_every_sequence_is_trained_on_in_blocks_too(process, block_size):
+    size = 23
+    stream = stream_of(process, DataLoader(Rows(size), batch_size=4), block_size=block_size)
+    steps = 0
+    order: list[int] = []
+    while stream.sequences.position < 2 * size:
+        (batch,) = train(stream, 1)
+        order += [name for name in names(batch["input_ids"]) if name not in order]
+        steps += 1
+        assert steps < 1000
+    assert order == list(range(size))
+
+
+def test_a_switch_of_the_block_size_keeps_every_board():
+    """The advance of the switch's step sees the boards as they were, in new blocks, at stages that fit them."""
+    process = ProgressiveUnmasking(2)
+    seen: list[Any] = []
+
+    class Watched(ProgressiveUnmasking):
+        def advance(self, slots, logits, step, mask_id, generator=None):
+            seen.append((slots, logits))
+            return process.advance(slots, logits, step, mask_id, generator)
+
+    stream = stream_of(Watched(2), block_size=[(0, 2), (3, 6)])
+    batches = train(stream, 5)
+    for step, (batch, (slots, logits)) in enumerate(zip(batches, seen, strict=True)):
+        size = 2 if step < 3 else 6
+        assert slots.xt.shape[1] == logits.shape[1] == size
+        assert torch.equal(slots.xt.view(4, LENGTH), batch["xt"])
+        assert torch.equal(logits.reshape(4, LENGTH, V), predictions(batch["input_ids"], step + 1))
+    assert [batch["stage"].shape[1] for batch in batches] == [3, 3, 3, 3, 1]
+    slots, _ = seen[3]
+    answer = (~slots.prompt_mask).sum(1)
+    revealed = answer - (slots.xt == MASK).sum(1)
+    assert torch.equal(slots.stage, torch.where(revealed >= answer - 1, 1, ((2 * revealed - 1) // answer).clamp(0, 1)))
+
+
+def test_blocks_of_a_sequence_start_together_and_those_without_an_answer_are_over():
+    stream = stream_of(ProgressiveUnmasking(2), block_size=1)
+    for batch in train(stream, 9):
+        given_ = batch["prompt_mask"]
+        assert torch.equal((batch["xt"] == MASK)[given_], torch.zeros(int(given_.sum()), dtype=torch.bool))
+    assert all(
+        len(set(stages)) == 1
+        for stages in train(stream_of(ProgressiveUnmasking(2), block_size=3), 1)[0]["stage"].tolist()
+    )
+
+
+@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("stop", [1, 3, 4, 9, 10, 17])
+def test_a_restored_stream_of_blocks_goes_on_exactly(block_size, stop):
+    process = ProgressiveUnmasking([(0, 1), (5, 3)], threshold=0.7)
+    whole = train(stream_of(process, block_size=block_size, groups=2), 30)
+    stream = stream_of(process, block_size=block_size, groups=2)
+    train(stream, stop)
+    buffer = io.BytesIO()
+    torch.save(stream.snapshot(), buffer)
+    buffer.seek(0)
+    other = stream_of(process, block_size=block_size, groups=2, seed=9)
+    other.restore(torch.load(buffer, weights_only=True))
+    assert same(train(other, 30 - stop), whole[stop:])

@@ -1,14 +1,76 @@
-"""One rule in three forms: block by block gives what the mask gives."""
+"""The mask of block diffusion: who sees whom, and that all forms of it give the same numbers."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from puma_lightning.models import TransformerBackbone, block_attention
-from puma_lightning.models.block_attention import BlockByBlock, attend, attention_mask, block_mask
+from puma_lightning.models.block_attention import BlockByBlock, attend, attention_mask, block_mask, sees
 from puma_lightning.models.transformer import KeyValueCache
 
 CPU = torch.device("cpu")
+
+
+@settings(max_examples=30, deadline=None)
+@given(blocks=st.integers(1, 5), size=st.integers(1, 4), left_out=st.booleans())
+def test_the_rule_is_the_one_in_words(blocks, size, left_out):
+    length = blocks * size
+    clean = length - size * left_out
+    mask = block_mask(0, length + clean, length, size, CPU, False)
+    for i in range(length + clean):
+        for j in range(length + clean):
+            query, key = i % length // size, j % length // size
+            noisy_query, noisy_key = i < length, j < length
+            same, before = query == key, key < query
+            expected = (same if noisy_key else before) if noisy_query else not noisy_key and (same or before)
+            assert bool(mask[i, j]) == expected
+
+
+def test_everybody_sees_something():
+    """A row of the mask without a key would give NaN."""
+    for left_out in (0, 2):
+        assert block_mask(0, 16 - left_out, 8, 2, CPU, False).any(1).all()
+
+
+def test_positions_in_a_cache_come_before_the_queries():
+    whole = sees(torch.arange(8)[:, None], torch.arange(8), 0, 2)
+    assert torch.equal(block_mask(4, 8, 0, 2, CPU, False), whole[4:])
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("noisy, total, start", [(256, 480, 0), (0, 256, 128)])
+def test_flex_attention_and_sdpa_give_the_same_numbers(monkeypatch, grouped, noisy, total, start):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Fused kernels are for GPUs; the uncompiled function computes the same.
+    monkeypatch.setattr(block_attention, "compiled_flex_attention", lambda: flex_attention)
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, total - start, 8)
+    k, v = (torch.randn(2, 2 if grouped else 4, total, 8) for _ in range(2))
+    plain, flex = (
+        attend(q, k, v, block_mask(start, total, noisy, 32, CPU, flex), 0.0, False, grouped) for flex in (False, True)
+    )
+    torch.testing.assert_close(plain, flex, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention is compiled on a GPU")
+def test_flex_attention_trains_on_a_gpu_as_sdpa_does():
+    torch.manual_seed(0)
+    model = TransformerBackbone(20, 64, 128, 2, 2, max_length=256).cuda()
+    xt, x0 = torch.randint(20, (2, 2, 256), device="cuda")
+    gradients = []
+    for dropout in (0.0, 1e-9):  # dropout is what SDPA alone has
+        model.dropout = dropout
+        model.train().zero_grad()
+        model.hidden_states(xt, block_size=32, clean=x0[:, :-32]).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+# --- block by block ---
 
 
 @pytest.mark.parametrize("seen", [64, 128], ids=["x0 without its last block", "all of x0"])

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from puma_lightning.checkpoints import load_checkpoint
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
-from puma_lightning.modules import MaskedDiffusion
+from puma_lightning.models import TransformerBackbone
+from puma_lightning.modules import BlockDiffusion, MaskedDiffusion
 from puma_lightning.optim import WarmupCosine
 
 V = 6
@@ -98,16 +99,21 @@ def run(
     init_from: str | None = None,
     callbacks: tuple[pl.Callback, ...] = (),
     backbone: nn.Module | None = None,
+    block_size: Any = None,
     **options: Any,
 ) -> tuple[Record, dict[str, Tensor], pl.Trainer]:
     """Train; 12 micro-batches an epoch, 20 optimizer steps in all."""
     torch.set_num_threads(1)
     pl.seed_everything(seed)
     record = Record(folder, save_at, say)
-    module = MaskedDiffusion(
+    kind: Any = MaskedDiffusion
+    if block_size is not None:
+        kind = partial(BlockDiffusion, block_size=block_size)
+        backbone = TransformerBackbone(V, 16, 24, num_layers=2, num_heads=2, dropout=0.2)
+    module = kind(
         backbone or Backbone(),
         MASK,
-        process or ProgressiveUnmasking(3),
+        forward_process=process or ProgressiveUnmasking(3),
         optimizer=partial(torch.optim.AdamW, lr=0.02),
         scheduler=partial(WarmupCosine, warmup_steps=3),
         init_from=init_from,
@@ -157,6 +163,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "accumulation 3": {"accumulate": 3, "ema": True, "process": ProgressiveUnmasking(3, threshold=0.5)},
     "validation inside": {"val_check_interval": 4, "ema": True},
     "half precision": {"precision": "bf16-mixed"},
+    "blocks": {"block_size": 5, "process": ProgressiveUnmasking(3, threshold=0.5)},
+    "curriculum": {
+        "block_size": [(0, 2), (7, 5), (13, 10)],
+        "process": ProgressiveUnmasking([(0, 2), (9, 4)]),
+        "ema": True,
+    },
 }
 
 
