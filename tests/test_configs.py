@@ -7,6 +7,7 @@ import yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 K_GROWS = [[0, 12], *([60_000 + 30_000 * i, 15 + 3 * i] for i in range(10))]
+K_GROWS_IN_BLOCKS = [[30_000 * i, 5 + 3 * i] for i in range(13)]
 
 
 def load(path):
@@ -34,8 +35,11 @@ def test_tinygsm(path):
     (average,) = (c for c in trainer["callbacks"] if c["class_path"] == "EMAWeightAveraging")
     assert average["init_args"]["decay"] == 0.9999
     if "puma" in path.stem:
-        assert K_GROWS[-1] == [330_000, 42]
-        assert_holds(model["forward_process"]["init_args"], {"num_stages": K_GROWS, "threshold": 0.9})
+        assert K_GROWS[-1] == [330_000, 42] and K_GROWS_IN_BLOCKS[-1] == [360_000, 41]
+        stages = K_GROWS_IN_BLOCKS if path.stem == "block_puma" else K_GROWS
+        assert_holds(model["forward_process"]["init_args"], {"num_stages": stages, "threshold": 0.9})
+    if "block" in path.stem:
+        assert model["block_size"] == 256
         assert data["min_answer_length"] == 42  # room for the last K
 
 

@@ -37,6 +37,7 @@ WORDS = [
     "--model.init_args.backbone.init_args.max_length=256",
 ]
 NAMES = ("ar", "mdm", "puma", "mdm_from_ar", "puma_from_ar")
+BLOCK_NAMES = {"tinygsm": ("block_mdm", "block_puma"), "words": ("block_mdm", "block_puma", "block_curriculum")}
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +68,17 @@ def start_weights(**changes):
     return ["--model.init_args.init_from=ar.ckpt"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scale", ["tinygsm", "words"])
-def test_every_config_runs(scale, name):
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("[tw]*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_config_runs(path):
+    scale, name = path.parent.name, path.stem
+    assert name in (*NAMES, *BLOCK_NAMES[scale])
     options = tinygsm_files() if scale == "tinygsm" else WORDS
     if name.endswith("from_ar"):
         options = options + start_weights()
+    if scale == "tinygsm" and name in BLOCK_NAMES[scale]:
+        options = [*options, "--model.init_args.block_size=48"]
+    if name == "block_curriculum":
+        options = [*options, "--model.init_args.block_size=[[0,4],[150,16],[300,256]]"]
     main(["fit", "--config", str(CONFIGS / scale / f"{name}.yaml"), *SMALL, *options, "--trainer.fast_dev_run=2"])
     assert not Path("runs").exists()
 
