@@ -1,6 +1,8 @@
-"""Programs right over steps on the built-in word problems: five ways to train one model, several seeds.
+"""Programs right over steps on the built-in word problems: several ways to train one model, several seeds.
 
 python benchmarks/words.py                      # 15 runs, two at a time; runs that are finished are not repeated
+python benchmarks/words.py --out benchmarks/results/words_blocks.json --names mdm_from_ar block_mdm_from_ar \
+    block_puma_from_ar block_curriculum_from_ar # blocks, from the same autoregressive models
 """
 
 import argparse
@@ -23,11 +25,24 @@ NAMES = {
     "puma": "PUMA",
     "mdm_from_ar": "AR → MDM",
     "puma_from_ar": "AR → PUMA",
+    "block_mdm": "block MDM",
+    "block_puma": "block PUMA",
+    "block_curriculum": "block PUMA 4→16→96",
+    "block_mdm_from_ar": "AR → block MDM",
+    "block_puma_from_ar": "AR → block PUMA",
+    "block_curriculum_from_ar": "AR → block PUMA 4→16→96",
 }
+FIVE = ["ar", "mdm", "puma", "mdm_from_ar", "puma_from_ar"]
+
+
+def config_of(name: str) -> Path:
+    """The config of a way to train; one from an autoregressive model may be another's, with other weights to start."""
+    config = ROOT / "configs" / "words" / f"{name}.yaml"
+    return config if config.exists() else config.with_name(f"{name.removesuffix('_from_ar')}.yaml")
 
 
 def run_folder(folder: Path, name: str, seed: int) -> Path:
-    return folder / f"{name}_{seed}" / "runs" / "words" / name / "version_0"
+    return folder / f"{name}_{seed}" / "runs" / "words" / config_of(name).stem / "version_0"
 
 
 def train(name: str, seed: int, folder: Path, threads: int, flags: list[str]) -> None:
@@ -37,11 +52,11 @@ def train(name: str, seed: int, folder: Path, threads: int, flags: list[str]) ->
         return
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    config = ROOT / "configs" / "words" / f"{name}.yaml"
-    command = [sys.executable, "-m", "puma_lightning", "fit", "--config", str(config), "--seed_everything", str(seed)]
+    command = [sys.executable, "-m", "puma_lightning", "fit", "--config", str(config_of(name))]
+    command += ["--seed_everything", str(seed)]
     if name.endswith("from_ar"):
         start = run_folder(folder, "ar", seed) / "checkpoints" / "last.ckpt"
-        command += ["--model.init_args.init_from", str(start.absolute())]
+        command += ["--model.init_args.init_from", str(start.absolute()), "--model.init_args.shifted", "true"]
     command += ["--trainer.enable_progress_bar", "false", *flags]
     print(f"{name}, seed {seed}", flush=True)
     with (target / "log.txt").open("w") as log:
@@ -59,14 +74,18 @@ def accuracy(folder: Path) -> dict[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--names", nargs="+", choices=list(NAMES), default=list(NAMES))
+    parser.add_argument("--names", nargs="+", choices=list(NAMES), default=FIVE)
     parser.add_argument("--folder", type=Path, default=Path("runs/words_seeds"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "words.json")
     options, flags = parser.parse_known_args()
 
-    for names in ([n for n in options.names if "from" not in n], [n for n in options.names if "from" in n]):
+    starting = [name for name in options.names if name.endswith("from_ar")]
+    first = [name for name in options.names if name not in starting]
+    if starting and "ar" not in first:
+        first = ["ar", *first]
+    for names in (first, starting):
         with ThreadPoolExecutor(options.jobs) as pool:
             jobs = [
                 pool.submit(train, name, seed, options.folder, options.threads, flags)
@@ -94,11 +113,11 @@ def main() -> None:
         (line,) = axis.plot(steps, [statistics.mean(c) for c in columns], marker="o", markersize=3, label=NAMES[name])
         axis.fill_between(steps, list(map(min, columns)), list(map(max, columns)), alpha=0.15, color=line.get_color())
         cells = [f"{statistics.mean(c):6.1%} ({min(c):.1%} to {max(c):.1%})" for c in columns]
-        print(f"{NAMES[name]:<16}" + "  ".join(f"{step:>6}: {cell}" for step, cell in zip(steps, cells, strict=True)))
+        print(f"{NAMES[name]:<24}" + "  ".join(f"{step:>6}: {cell}" for step, cell in zip(steps, cells, strict=True)))
     axis.set(xlabel="optimizer steps", ylabel="programs right", ylim=(0, 1))
     axis.set_title("Built-in word problems, mean and range of the seeds", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="best")
     figure.savefig(options.out.with_suffix(".png"))
 
 
