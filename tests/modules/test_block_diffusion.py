@@ -93,7 +93,12 @@ def test_the_loss_of_a_block_has_no_gradient_from_what_it_must_not_see(shifted, 
     net = backbone()
     model = block_model(size, net, shifted=shifted)
     embedded = []
-    net.embed_tokens.register_forward_hook(lambda module, args, out: (out.retain_grad(), embedded.append(out)) and None)
+
+    def keep(module, args, out):
+        out.retain_grad()
+        embedded.append(out)
+
+    net.embed_tokens.register_forward_hook(keep)
     x0 = sequences(2)
     xt = partly_masked(x0)
     for block in range(LENGTH // size):
