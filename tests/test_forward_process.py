@@ -154,7 +154,9 @@ def test_the_threshold_reveals_every_confident_position(seed, batch, length, num
     after = process.advance(slots, logits, 0, MASK, gen(seed))
     masked = after.xt == MASK
     assert not (masked & (logits.softmax(-1).amax(-1) > tau + 1e-5)).any()
-    assert torch.equal(after.stage, stage_of(revealed(after), num_stages, (~prompt).sum(1)))
+    answer_length = (~prompt).sum(1)
+    stages = torch.minimum(answer_length, torch.tensor(num_stages))  # no more than there are positions
+    assert torch.equal(after.stage, stage_of(revealed(after), stages, answer_length))
     assert torch.equal(after.done, ~masked.any(1) | (slots.stage + 1 >= num_stages))
 
 
@@ -354,3 +356,18 @@ def test_slots_list_their_tensors_and_move_together():
     assert set(slots.tensors()) == {"x0", "prompt_mask", "xt", "stage", "done"}
     moved = slots.to(torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(slots.tensors().values(), moved.tensors().values(), strict=True))
+
+
+@few
+@given(seed=seeds, length=st.integers(1, 12), num_stages=st.integers(1, 50), threshold=thresholds)
+def test_a_chain_ends_however_few_positions_it_has(seed, length, num_stages, threshold):
+    """Also of a model that is never sure, with more stages than positions: about one stage a position then."""
+    x0, prompt = sequences(seed, 4, length)
+    process = ProgressiveUnmasking(num_stages, threshold=threshold)
+    slots = begin(process, x0, prompt, seed)
+    uniform = torch.zeros(4, length, V).index_fill(2, torch.tensor([MASK]), float("-inf"))
+    for step in range(40 * length):
+        slots = process.advance(slots, uniform, step, MASK, gen(seed + step))
+        if slots.done.all():
+            return
+    raise AssertionError("a chain does not end")

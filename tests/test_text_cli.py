@@ -109,7 +109,7 @@ def write_config(name, changes=()):
     """A config of the words, but 2 steps, validated and saved after both; `changes` are pairs of old and new text."""
     text = (CONFIGS / "words" / f"{name}.yaml").read_text()
     replaced = [("max_steps: 1200", "max_steps: 2"), ("val_check_interval: 300", "val_check_interval: 2")]
-    for old, new in [*replaced, ("every_n_train_steps: 300", "every_n_train_steps: 2"), *changes]:
+    for old, new in [*replaced, ("every_n_train_steps: 100", "every_n_train_steps: 2"), *changes]:
         assert old in text
         text = text.replace(old, new)
     Path(f"{name}.yaml").write_text(text)

@@ -137,7 +137,7 @@ def check_facts(own: dict[str, Any], saved: dict[str, Any], origin: str) -> None
         if name == "shifted" and not value:
             raise ValueError(
                 f"{origin} is no autoregressive model and predicts every position at that position; "
-                "start from it with shifted false, in MaskedDiffusion"
+                "start from it with shifted false, in MaskedDiffusion or BlockDiffusion"
             )
         wanted = advice.get(name, "set the backbone's {name} to {saved}").format(name=name, saved=str(value).lower())
         raise ValueError(f"{origin} has {name} = {value}, this model has {here}; {wanted}")

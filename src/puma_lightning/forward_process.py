@@ -60,6 +60,10 @@ class ForwardProcess:
         """K at an optimizer step; 1 for a process without stages."""
         return 1
 
+    def chain_stages(self, num_stages: int, answer_length: Tensor) -> Tensor:
+        """The K of each chain, (B,), given that of its time and its answer length, (B,) int64."""
+        return torch.full_like(answer_length, num_stages)
+
     def min_answer_length(self) -> int:
         """The shortest answer this process can train on, in positions."""
         return 1
@@ -162,6 +166,15 @@ class ProgressiveUnmasking(ForwardProcess):
     def num_stages_at(self, step: int) -> int:
         return self.schedule.at(step)
 
+    def chain_stages(self, num_stages: int, answer_length: Tensor) -> Tensor:
+        """With a threshold no more than the answer has positions.
+
+        Else two stages in a row could ask for the same count, and as a threshold sets the stage from what is
+        revealed, such a chain would stay there for ever.
+        """
+        stages = super().chain_stages(num_stages, answer_length)
+        return stages if self.threshold is None else torch.minimum(stages, answer_length.clamp_min(1))
+
     def min_answer_length(self) -> int:
         return self.schedule.last
 
@@ -174,22 +187,23 @@ class ProgressiveUnmasking(ForwardProcess):
         mask_id: int,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        count = target_count(stage, num_stages, (~prompt_mask).sum(1), generator)
+        answer_length = (~prompt_mask).sum(1)
+        count = target_count(stage, self.chain_stages(num_stages, answer_length), answer_length, generator)
         return reveal_at_random(x0, prompt_mask, count, mask_id, generator)
 
     def advance(
         self, slots: Slots, logits: Tensor, step: int, mask_id: int, generator: torch.Generator | None = None
     ) -> Slots:
-        num_stages = self.num_stages_at(step)
         answer_length = (~slots.prompt_mask).sum(1)
+        num_stages = self.chain_stages(self.num_stages_at(step), answer_length)
         revealed = answer_length - (slots.xt == mask_id).sum(1)
         stage = slots.stage
-        if num_stages != slots.num_stages:
+        if self.num_stages_at(step) != slots.num_stages:
             stage = stage_of(revealed, num_stages, answer_length)
 
         stage = stage + 1
         done = stage >= num_stages
-        target = target_count(stage.clamp_max(num_stages - 1), num_stages, answer_length, generator)
+        target = target_count(torch.minimum(stage, num_stages - 1), num_stages, answer_length, generator)
         scores = self.policy(logits, slots.xt)
         confident = None if self.threshold is None else Confidence()(logits, slots.xt) > self.threshold
         xt = reveal(slots.xt, slots.x0, scores, (target - revealed).clamp_min(0), mask_id, confident, generator)
@@ -197,8 +211,8 @@ class ProgressiveUnmasking(ForwardProcess):
             masked = (xt == mask_id).sum(1)
             stage = stage_of(answer_length - masked, num_stages, answer_length)
             done = done | (masked == 0)
-        # A finished chain keeps its last board: a fresh sequence replaces it before it is seen again.
-        return Slots(slots.x0, slots.prompt_mask, xt, stage.clamp_max(num_stages - 1), done, num_stages)
+        stage = torch.minimum(stage, num_stages - 1)
+        return Slots(slots.x0, slots.prompt_mask, xt, stage, done, self.num_stages_at(step))
 
 
 def mask_fraction(

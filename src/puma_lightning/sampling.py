@@ -46,6 +46,16 @@ def _draw_names(temperature: float, top_p: float) -> list[str]:
     return ([f"T{temperature:g}"] if temperature else []) + ([f"p{top_p:g}"] if top_p < 1 else [])
 
 
+def _fill_rest(
+    tokens: Tensor, reveal_step: Tensor, nfe: Tensor, masked: Tensor, ended: Tensor, start: int, eos_id: int
+) -> None:
+    """Rows ``ended`` (n,) have generated EOS: what is to be filled from ``start`` on becomes EOS, in place."""
+    rest = masked[ended]
+    rest[:, :start] = False
+    tokens[ended] = tokens[ended].masked_fill(rest, eos_id)
+    reveal_step[ended] = torch.where(rest, nfe[ended, None] - 1, reveal_step[ended])
+
+
 class Sampler:
     """Any-order sampling: score the masked positions, reveal the best, repeat until none is masked.
 
@@ -209,10 +219,7 @@ class LeftToRightSampler:
             nfe[rows] += fill
             going = last[rows] > position
             if eos_id is not None:
-                ended = rows[fill & (drawn == eos_id)]
-                rest = masked[ended] & (torch.arange(xt.shape[1], device=xt.device) > position)
-                tokens[ended] = tokens[ended].masked_fill(rest, eos_id)
-                reveal_step[ended] = torch.where(rest, nfe[ended, None] - 1, reveal_step[ended])
+                _fill_rest(tokens, reveal_step, nfe, masked, rows[fill & (drawn == eos_id)], position + 1, eos_id)
                 going &= ~(fill & (drawn == eos_id))
             if not going.all():
                 rows = rows[going]
@@ -240,7 +247,8 @@ class BlockReader(Protocol):
 class BlockSampler:
     """Block diffusion: one block after another, each completed in any order and then read once.
 
-    A row ends with the block in which it first generates EOS. A forward pass that reads a finished block counts.
+    A row ends with the block in which it first generates EOS. A forward pass that reads a finished block counts, and
+    one for the blocks that are given.
 
     Args:
         within: How a block is completed; its ``num_steps`` are for each block.
@@ -295,17 +303,16 @@ class BlockSampler:
         nfe = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         to_fill = masked.view(len(masked), -1, block_size).any(2)
         blocks = torch.arange(to_fill.shape[1], device=tokens.device)
-        last = torch.where(to_fill, blocks, -1).amax(1)
+        first, last = to_fill.long().argmax(1), torch.where(to_fill, blocks, -1).amax(1)
         rows = (last >= 0).nonzero().squeeze(1)
         if not len(rows):
             return Sample(tokens, reveal_step, nfe)
-        first = int(to_fill.any(0).long().argmax())
-        if first:
-            model.read(tokens[:, : first * block_size], block_size)
-            nfe += last >= 0
-        if len(rows) < len(tokens):
-            model.select(rows)
-        for block in range(first, to_fill.shape[1]):
+        # A row pays one pass for its prompt, in however many parts the batch's other rows let it be read.
+        nfe[rows] += first[rows] > 0
+        start = int(first[rows].min())
+        if start:
+            model.read(tokens[rows, : start * block_size], block_size)
+        for block in range(start, to_fill.shape[1]):
             here = slice(block * block_size, (block + 1) * block_size)
             sample = self.within(model, tokens[rows, here], mask_id, generator)
             filled = masked[rows, here]
@@ -315,10 +322,7 @@ class BlockSampler:
             going = last[rows] > block
             if eos_id is not None:
                 ended = (filled & (sample.tokens == eos_id)).any(1)
-                rest = masked[rows] & ended[:, None]
-                rest[:, : here.stop] = False
-                tokens[rows] = tokens[rows].masked_fill(rest, eos_id)
-                reveal_step[rows] = torch.where(rest, nfe[rows, None] - 1, reveal_step[rows])
+                _fill_rest(tokens, reveal_step, nfe, masked, rows[ended], here.stop, eos_id)
                 going &= ~ended
             if not going.all():
                 rows = rows[going]
@@ -326,7 +330,7 @@ class BlockSampler:
                     break
                 model.select(going.nonzero().squeeze(1))
             model.read(tokens[rows, here], block_size)
-            nfe[rows] += 1
+            nfe[rows] += first[rows] <= block
         return Sample(tokens, reveal_step, nfe)
 
 

@@ -101,13 +101,25 @@ class Stream:
         chains = self.groups[group]
         assert chains is not None, "advance before the first batch"
         if self.block_size is not None:
-            chains = _cut_anew(chains, self.block_size.at(step), self.mask_id)
+            chains = self._cut_anew(chains, self.block_size.at(step))
             logits = cut_blocks(logits, self.block_size.at(step))
         generator = self._seeded(self.step - 1, purpose=1)
         moved = self.process.advance(chains, logits, step, self.mask_id, generator)
         done = moved.done | chains.done
         # The chains of a slot end one by one; one that is over has nothing left to be trained on.
         self.groups[group] = replace(moved, done=done, xt=torch.where(done[:, None], moved.x0, moved.xt))
+
+    def _cut_anew(self, chains: Slots, block_size: int) -> Slots:
+        """The same boards in blocks of another size, each at the stage that its revealed positions belong to."""
+        if chains.x0.shape[1] == block_size:
+            return chains
+        # The rows lie one behind the other, so that it does not matter where they were cut.
+        x0, prompt_mask, xt = (t.reshape(-1, block_size) for t in (chains.x0, chains.prompt_mask, chains.xt))
+        masked = (xt == self.mask_id).sum(1)
+        answer_length = (~prompt_mask).sum(1)
+        num_stages = self.process.chain_stages(chains.num_stages, answer_length)
+        stage = stage_of(answer_length - masked, num_stages, answer_length)
+        return Slots(x0, prompt_mask, xt, stage, masked == 0, chains.num_stages)
 
     def _refilled(self, group: int) -> Slots:
         """The chains of a group, with fresh sequences in the slots where all are done."""
@@ -139,7 +151,9 @@ class Stream:
         size = block_size or length
         x0 = cut_blocks(clean["input_ids"].to(self.device, non_blocking=True), size)
         prompt_mask = cut_blocks(clean["prompt_mask"].to(self.device, non_blocking=True), size)
+        # A chain that is shorter than K has fewer stages.
         stage = stage.repeat_interleave(length // size).to(self.device)
+        stage = stage * self.process.chain_stages(num_stages, (~prompt_mask).sum(1)) // num_stages
         generator = self._seeded(self.step, purpose=0)
         xt = self.process.start(x0, prompt_mask, stage, num_stages, self.mask_id, generator)
         return Slots(x0, prompt_mask, xt, stage, prompt_mask.all(1), num_stages)
@@ -185,15 +199,3 @@ class Stream:
         self.step = snapshot["step"]
         self.groups = [slots and slots.to(self.device) for slots in groups]
         self.sequences.seek(self.seed, snapshot["position"])
-
-
-def _cut_anew(chains: Slots, block_size: int, mask_id: int) -> Slots:
-    """The same boards in blocks of another size, each at the stage that its revealed positions belong to."""
-    if chains.x0.shape[1] == block_size:
-        return chains
-    # The rows lie one behind the other, so that it does not matter where they were cut.
-    x0, prompt_mask, xt = (t.reshape(-1, block_size) for t in (chains.x0, chains.prompt_mask, chains.xt))
-    masked = (xt == mask_id).sum(1)
-    answer_length = (~prompt_mask).sum(1)
-    stage = stage_of(answer_length - masked, chains.num_stages, answer_length)
-    return Slots(x0, prompt_mask, xt, stage, masked == 0, chains.num_stages)

@@ -179,7 +179,7 @@ def reveal_at_random(
 
 
 def target_count(
-    stage: Tensor, num_stages: int, answer_length: Tensor, generator: torch.Generator | None = None
+    stage: Tensor, num_stages: int | Tensor, answer_length: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
     """How many answer positions are uncovered at a stage (section 3.2 of arXiv 2602.10314).
 
@@ -187,7 +187,7 @@ def target_count(
 
     Args:
         stage: s in 0..K-1, any shape, int64.
-        num_stages: K.
+        num_stages: K, of all chains or of each.
         answer_length: A, the same shape as ``stage``, int64.
         generator: Source of r, on the device of ``stage``.
 
@@ -199,7 +199,7 @@ def target_count(
     return torch.minimum(count, answer_length - 1)
 
 
-def stage_of(revealed: Tensor, num_stages: int, answer_length: Tensor) -> Tensor:
+def stage_of(revealed: Tensor, num_stages: int | Tensor, answer_length: Tensor) -> Tensor:
     """The stage that a number of uncovered positions belongs to.
 
     The bucket s of K with s / K < revealed / A <= (s + 1) / K; nothing revealed is stage 0. A bucket
@@ -209,13 +209,14 @@ def stage_of(revealed: Tensor, num_stages: int, answer_length: Tensor) -> Tensor
 
     Args:
         revealed: Uncovered answer positions, any shape, int64.
-        num_stages: K.
+        num_stages: K, of all chains or of each.
         answer_length: A, the same shape as ``revealed``, int64.
 
     Returns:
         Stages in 0..K-1, the shape of ``revealed``, int64.
     """
-    stage = ((revealed * num_stages - 1) // answer_length.clamp_min(1)).clamp(0, num_stages - 1)
+    # Less than num_stages already: revealed <= answer_length.
+    stage = ((revealed * num_stages - 1) // answer_length.clamp_min(1)).clamp_min(0)
     return torch.where(revealed >= answer_length - 1, num_stages - 1, stage)
 
 

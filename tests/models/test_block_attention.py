@@ -39,13 +39,28 @@ def test_positions_in_a_cache_come_before_the_queries():
     assert torch.equal(block_mask(4, 8, 0, 2, CPU, False), whole[4:])
 
 
+@pytest.mark.parametrize("flex", [False, True])
+def test_a_mask_made_in_evaluation_can_be_trained_with(flex):
+    block_mask.cache_clear()
+    with torch.inference_mode():
+        mask = block_mask(0, 256, 128, 32, CPU, flex)
+    assert not (mask.kv_indices if flex else mask).is_inference()
+
+
+def test_flex_attention_does_not_break_a_compiled_graph():
+    mask = block_mask(0, 256, 128, 32, CPU, True)
+    q = torch.randn(1, 2, 256, 16)
+    explained = torch._dynamo.explain(lambda q: attend(q, q, q, mask, 0.0, False, False))(q)
+    assert explained.graph_break_count == 0
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("noisy, total, start", [(256, 480, 0), (0, 256, 128)])
 def test_flex_attention_and_sdpa_give_the_same_numbers(monkeypatch, grouped, noisy, total, start):
     from torch.nn.attention.flex_attention import flex_attention
 
     # Fused kernels are for GPUs; the uncompiled function computes the same.
-    monkeypatch.setattr(block_attention, "compiled_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr(block_attention, "_flex_attention", lambda: flex_attention)
     torch.manual_seed(0)
     q = torch.randn(2, 4, total - start, 8)
     k, v = (torch.randn(2, 2 if grouped else 4, total, 8) for _ in range(2))

@@ -140,7 +140,7 @@ def test_every_block_is_a_masked_diffusion_model_given_the_blocks_before(shifted
 @pytest.mark.parametrize("process", [RandomMasking(), ProgressiveUnmasking(3), ProgressiveUnmasking(3, threshold=0.3)])
 def test_one_block_as_long_as_the_sequence_is_masked_diffusion(tmp_path, process):
     """The same logits, training losses, weights and NELBO."""
-    results = []
+    results, xt = [], partly_masked(sequences(3))
     for kind in (MaskedDiffusion, partial(BlockDiffusion, block_size=LENGTH)):
         pl.seed_everything(0)
         model = kind(
@@ -150,7 +150,9 @@ def test_one_block_as_long_as_the_sequence_is_masked_diffusion(tmp_path, process
         run = trainer(tmp_path, max_steps=8, callbacks=[losses], limit_val_batches=2)
         data = DataLoader(rows(), batch_size=4, shuffle=True)
         run.fit(model, data, DataLoader(rows(seed=1), batch_size=8))
-        results.append((losses.values, run.callback_metrics["val/loss"].item(), model(partly_masked(sequences(3)))))
+        results.append(
+            (losses.values, run.callback_metrics["val/loss"].item(), model.denoise(xt, sequences(3), LENGTH))
+        )
     (losses, nelbo, logits), (block_losses, block_nelbo, block_logits) = results
     assert block_losses == pytest.approx(losses, rel=1e-6)
     assert block_nelbo == pytest.approx(nelbo, rel=1e-6)
@@ -263,6 +265,79 @@ def test_the_sample_of_the_module_is_the_uncached_one(shifted):
     assert not (sample.tokens == MASK).any()
 
 
+class Scripted:
+    """Writes 5, and EOS at chosen positions; keeps what it was asked."""
+
+    def __init__(self, rows: int, ends: dict[int, int]) -> None:
+        self.position, self.rows, self.ends = 0, torch.arange(rows), ends
+        self.predicted: list[tuple[int, list[int]]] = []
+        self.read_to: list[tuple[int, list[int]]] = []
+
+    def read(self, tokens: Tensor, block_size: int) -> None:
+        self.position += tokens.shape[1]
+        self.read_to.append((self.position, self.rows.tolist()))
+        assert len(tokens) == len(self.rows)
+
+    def __call__(self, xt: Tensor) -> Tensor:
+        assert len(xt) == len(self.rows)
+        self.predicted.append((self.position, self.rows.tolist()))
+        logits = torch.zeros(*xt.shape, V)
+        for i, row in enumerate(self.rows.tolist()):
+            for place in range(xt.shape[1]):
+                end = self.ends.get(row) == self.position + place
+                logits[i, place, EOS if end else 5] = 9
+        return logits
+
+    def select(self, rows: Tensor) -> None:
+        self.rows = self.rows[rows]
+
+
+def test_a_row_that_wrote_eos_is_finished_and_costs_nothing_more():
+    """Rows of 12 in blocks of 3; 0 ends in its first block, 1 in its third, 2 never, 3 has an EOS that was given."""
+    x0 = torch.full((4, LENGTH), 7)
+    x0[3, 1] = EOS
+    given_ = torch.arange(LENGTH) < torch.tensor([[1], [4], [8], [2]])
+    reader = Scripted(4, {0: 2, 1: 6, 3: 11})
+    xt = x0.masked_fill(~given_, MASK)
+    sample = BlockSampler(Sampler(tokens_per_step=1))(reader, xt, MASK, 3, EOS)
+    expected = x0.masked_fill(~given_, 5)
+    expected[0, 2:] = EOS
+    expected[1, 6] = EOS
+    expected[1, 9:] = EOS
+    expected[3, 11] = EOS
+    assert torch.equal(sample.tokens, expected)
+    assert reader.predicted == [
+        (0, [0, 1, 2, 3]), (0, [0, 1, 2, 3]), (3, [1, 2, 3]), (3, [1, 2, 3]), (3, [1, 2, 3]),
+        (6, [1, 2, 3]), (6, [1, 2, 3]), (6, [1, 2, 3]), (9, [2, 3]), (9, [2, 3]), (9, [2, 3]),
+    ]  # fmt: skip
+    assert reader.read_to == [(3, [1, 2, 3]), (6, [1, 2, 3]), (9, [2, 3])]
+    # 2 + 0; prompt, 2, read, 3; prompt, 1, read, 3; 1, read, 3, read, 3, read, 3
+    assert sample.nfe.tolist() == [2, 7, 6, 13]
+    assert (sample.reveal_step[0, 3:] == 1).all() and (sample.reveal_step[1, 9:] == 6).all()
+    assert torch.equal(sample.reveal_step == -1, given_)
+
+
+def test_a_row_costs_what_it_costs_alone():
+    model = block_model(2)
+    x0 = sequences(6)
+    prompt = torch.arange(LENGTH) < torch.tensor([[1], [2], [5], [10], [11], [12]])
+    together = model.sample(x0, prompt)
+    for row in range(6):
+        alone = model.sample(x0[row : row + 1], prompt[row : row + 1])
+        assert torch.equal(alone.nfe, together.nfe[row : row + 1])
+        assert torch.equal(alone.tokens, together.tokens[row : row + 1])
+        assert alone.reveal_step.max() < max(1, int(alone.nfe))
+
+
+def test_a_threshold_and_a_number_of_steps_hold_within_a_block():
+    reader = Scripted(1, {})
+    xt = torch.full((1, LENGTH), MASK)
+    sample = BlockSampler(Sampler(threshold=0.9))(reader, xt, MASK, 4)
+    assert sample.nfe.tolist() == [3 + 2]  # it is sure of everything: a pass for each block, and two to read
+    sample = BlockSampler(Sampler(num_steps=2))(Scripted(1, {}), xt, MASK, 4)
+    assert sample.nfe.tolist() == [6 + 2]
+
+
 def test_generation_may_go_on_past_the_training_length():
     model = block_model(4)
     x0 = sequences(2)
@@ -365,8 +440,9 @@ def test_the_boards_of_the_teacher_are_those_of_the_student():
 
 
 def test_it_trains_with_a_curriculum_and_its_checkpoint_knows_how_far_it_came(tmp_path):
+    curriculum = [[0, 2], [4, 3], [8, 12]]
     model = block_model(
-        [[0, 2], [4, 3], [8, 12]],
+        curriculum,
         forward_process=ProgressiveUnmasking([[0, 2], [4, 3]], threshold=0.9),
         optimizer=partial(torch.optim.AdamW, lr=1e-2),
         scheduler=None,
@@ -380,14 +456,52 @@ def test_it_trains_with_a_curriculum_and_its_checkpoint_knows_how_far_it_came(tm
                 (batch["xt"] == MASK).view(4, -1, sizes[-1]).any(2) | batch["prompt_mask"].view(4, -1, sizes[-1]).all(2)
             ).any()
 
+    data = DataLoader(rows(given=3), batch_size=4, shuffle=True)
     run = trainer(tmp_path, max_steps=6, callbacks=[Sizes()])
-    run.fit(model, DataLoader(rows(given=3), batch_size=4, shuffle=True))
+    run.fit(model, data)
     # A switch is made when the chains advance at its step, as that of K.
     assert sizes == [2, 2, 2, 2, 2, 3]
+    assert model.current_block_size() == 3
     run.save_checkpoint(tmp_path / "a.ckpt")
-    other = block_model([[0, 2], [4, 3], [8, 12]], forward_process=ProgressiveUnmasking(2))
-    trainer(tmp_path).validate(other, DataLoader(rows(), batch_size=4), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    other = block_model(curriculum, forward_process=ProgressiveUnmasking(2))
+    assert other.current_block_size() == 2
+    trainer(tmp_path).validate(other, data, ckpt_path=tmp_path / "a.ckpt", verbose=False)
     assert other.current_block_size() == 3
+    trainer(tmp_path, max_steps=1).fit(other, data)  # a new run, from the first block size on
+    assert other.current_block_size() == 2
+    resumed = block_model(curriculum, forward_process=ProgressiveUnmasking(2))
+    sizes.clear()
+    trainer(tmp_path, max_steps=8, callbacks=[Sizes()]).fit(resumed, data, ckpt_path=tmp_path / "a.ckpt")
+    assert sizes == [3, 3]
+
+
+def test_validation_is_in_the_blocks_trained_in_last(tmp_path):
+    """At the step of a switch too, when no batch of the new size has been seen."""
+    model = block_model([[0, 2], [2, 12]], scheduler=None)
+    asked = []
+    model.denoise = lambda xt, x0, size: (
+        asked.append((model.training, size)) or type(model).denoise(model, xt, x0, size)
+    )
+    data = DataLoader(rows(), batch_size=4)
+    trainer(tmp_path, max_steps=6, val_check_interval=1, limit_val_batches=1, num_sanity_val_steps=0).fit(
+        model, data, data
+    )
+    asked = asked[1:]  # without the first batch's check
+    trained, validated = ([size for training, size in asked if training is kind] for kind in (True, False))
+    assert trained == validated == [2, 2, 2, 12, 12, 12]
+
+
+def test_checkpoints_of_block_models_and_others_are_not_taken_for_each_other(tmp_path):
+    data = DataLoader(rows(), batch_size=4)
+    models = {"blocks": block_model(4), "whole": MaskedDiffusion(backbone(), MASK, RandomMasking())}
+    for name, model in models.items():
+        run = trainer(tmp_path, max_steps=1)
+        run.fit(model, data)
+        run.save_checkpoint(tmp_path / f"{name}.ckpt")
+    with pytest.raises(ValueError, match="of a block model and this MaskedDiffusion is none"):
+        trainer(tmp_path).fit(models["whole"], data, ckpt_path=tmp_path / "blocks.ckpt")
+    with pytest.raises(ValueError, match="of none and this BlockDiffusion is a block model"):
+        trainer(tmp_path).validate(models["blocks"], data, ckpt_path=tmp_path / "whole.ckpt")
 
 
 @shifts
@@ -459,11 +573,7 @@ class OwnBackbone(nn.Module):
         (dict(block_size=[[0, 6], [10, 3]]), "must increase"),
         (dict(block_size=[[0, 3], [10, 4], [10, 6]]), "must increase"),
         (dict(block_size=[[5, 3]]), "first step"),
-        (dict(block_size=4, forward_process=ProgressiveUnmasking(5)), "num_stages = 5 at optimizer step 0"),
-        (
-            dict(block_size=[[0, 4], [9, 6]], forward_process=ProgressiveUnmasking([[0, 2], [5, 6]])),
-            "4 positions has at most as many stages, got num_stages = 6 at optimizer step 5",
-        ),
+        (dict(block_size=4, sampler=Sampler()), "within"),
         (dict(block_size=4, eos_id=MASK), "eos_id"),
         (dict(block_size=4, backbone=OwnBackbone()), "hidden_states"),
         (dict(block_size=4, backbone=backbone(causal=True)), "causal to false"),

@@ -77,7 +77,7 @@ def attention_mask(
     return block_mask(start, end, noisy, block_size, device, flex)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def block_mask(start: int, end: int, noisy: int, block_size: int, device: torch.device, flex: bool) -> AttentionMask:
     """The rule as a mask, for the queries start..end-1 and the keys 0..end-1.
 
@@ -92,6 +92,12 @@ def block_mask(start: int, end: int, noisy: int, block_size: int, device: torch.
     Returns:
         ``(end - start, end)``: bool for SDPA, or a ``BlockMask``.
     """
+    # Made in evaluation, a mask is kept for training, which cannot save inference tensors for its backward pass.
+    with torch.inference_mode(False):
+        return _block_mask(start, end, noisy, block_size, device, flex)
+
+
+def _block_mask(start: int, end: int, noisy: int, block_size: int, device: torch.device, flex: bool) -> AttentionMask:
     if not flex:
         index = torch.arange(end, device=device)
         return sees(index[start:, None], index, noisy, block_size)
@@ -127,7 +133,7 @@ def attend(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
         )
-    out: Tensor = compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+    out: Tensor = _flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
     return out
 
 
@@ -148,9 +154,22 @@ def _attend_block_by_block(
     return torch.cat(attended, dim=2)
 
 
-@lru_cache(maxsize=1)
-def compiled_flex_attention() -> Any:
-    """FlexAttention as a fused kernel; uncompiled it would make the whole matrix of scores."""
+def can_flex(x: Tensor, head_dim: int, dropout: float) -> bool:
+    """Whether FlexAttention can be used for what ``x`` (in its dtype and on its device) is turned into.
+
+    Its kernels are for CUDA, heads of 16 channels or more, at most float32, and know no dropout.
+    """
+    return x.is_cuda and head_dim >= 16 and x.dtype != torch.float64 and not dropout
+
+
+def _flex_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    # Inside a compiled layer it becomes part of that layer's graph.
+    return flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+
+
+@lru_cache(maxsize=1)
+def _compiled(function: Any) -> Any:
+    """As a fused kernel; uncompiled it would make the whole matrix of scores."""
+    return torch.compile(function)

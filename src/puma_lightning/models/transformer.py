@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from puma_lightning.models.block_attention import attend, attention_mask
+from puma_lightning.models.block_attention import attend, attention_mask, can_flex
 
 if TYPE_CHECKING:
     from puma_lightning.models.block_attention import AttentionMask
@@ -212,7 +212,8 @@ class TransformerBackbone(nn.Module):
         norm_eps: Added to the mean square in every RMSNorm.
         qkv_bias: Whether the query, key and value projections have biases. Qwen2's published weights do.
         tie_embeddings: Whether the output layer shares the token embedding's weight.
-        dropout: Probability of dropping attention weights and residual-branch outputs in training.
+        dropout: Probability of dropping attention weights and residual-branch outputs in training. Block diffusion on a
+            GPU is slower with it: FlexAttention has none.
         causal: Whether a position sees earlier positions and itself only. False lets it see all of them.
         activation_checkpointing: Whether to recompute the blocks in the backward pass, for less memory.
         compile: Whether to run the blocks through torch.compile. State-dict keys stay the same.
@@ -369,8 +370,7 @@ class TransformerBackbone(nn.Module):
             x = x + places
         mask = None
         if block_size is not None and input_ids.shape[1] > block_size:
-            # FlexAttention has no dropout.
-            flex = x.is_cuda and not (self.dropout and self.training)
+            flex = can_flex(x, 2 * cos.shape[1], self.dropout if self.training else 0.0)
             mask = attention_mask(start, start + input_ids.shape[1], noisy, block_size, x.device, flex)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):

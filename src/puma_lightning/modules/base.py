@@ -256,6 +256,12 @@ class StreamedModule(pl.LightningModule):
         Raises:
             ValueError: If the weights do not fit this model, or the number of processes is another.
         """
+        if ("block_size" in checkpoint) != (self.block_size is not None):
+            kinds = ("a block model", "none") if self.block_size is None else ("none", "a block model")
+            raise ValueError(
+                f"the checkpoint is of {kinds[0]} and this {type(self).__name__} is {kinds[1]}: use the class it was "
+                "saved from, or start from its weights with init_from"
+            )
         if self.strict_loading:
             check_weights(self, checkpoint.get("state_dict", {}), "the checkpoint")
             check_facts(self.facts(), checkpoint.get(CHECKPOINT_KEY, {}).get("facts", {}), "the checkpoint")

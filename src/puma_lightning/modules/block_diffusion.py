@@ -1,20 +1,20 @@
 """Block diffusion: blocks from left to right, the positions of a block in any order."""
 
 import inspect
-from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from puma_lightning.data.base import Batch
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking
 from puma_lightning.models.transformer import KeyValueCache
 from puma_lightning.modules.masked_diffusion import MaskedDiffusion
 from puma_lightning.optim import WarmupCosine
-from puma_lightning.sampling import AnySampler, BlockSampler, Sample
+from puma_lightning.sampling import AnySampler, BlockSampler, Sample, Sampler
 from puma_lightning.schedule import StepSchedule
-from puma_lightning.unmasking import check_block_size, cut_blocks, exclude_token
+from puma_lightning.unmasking import check_block_size, cut_blocks
 
 
 class BlockDiffusion(MaskedDiffusion):
@@ -33,7 +33,7 @@ class BlockDiffusion(MaskedDiffusion):
         eos_id: The token that ends an answer, after which nothing is generated; null if there is none. Linked to the
             DataModule's.
         forward_process: What each block trains on: ``ProgressiveUnmasking``, ``RandomMasking`` or one of your own.
-        sampler: How ``predict`` completes sequences.
+        sampler: How ``predict`` completes sequences: a ``BlockSampler``.
         optimizer: Called with the parameters.
         scheduler: Called with the optimizer and stepped every optimizer step; null for a constant rate.
         init_from: Weights to start training from (not a resume): a checkpoint of a block, masked diffusion or
@@ -42,8 +42,8 @@ class BlockDiffusion(MaskedDiffusion):
             an autoregressive model. The first position of a block is then predicted at the clean one before it.
 
     Raises:
-        ValueError: If the backbone cannot be used, an id is outside the vocabulary, ``block_size`` is no schedule of
-            growing lengths, or a block is shorter than the K of its time.
+        ValueError: If the backbone or the sampler cannot be used, an id is outside the vocabulary, or ``block_size`` is
+            no schedule of growing lengths.
     """
 
     sampler_class = BlockSampler
@@ -55,7 +55,7 @@ class BlockDiffusion(MaskedDiffusion):
         block_size: int | list[tuple[int, int]],
         eos_id: int | None = None,
         forward_process: ForwardProcess = ProgressiveUnmasking(4),  # noqa: B008 - holds no state
-        sampler: BlockSampler = BlockSampler(),  # noqa: B008 - holds no state
+        sampler: BlockSampler | Sampler = BlockSampler(),  # noqa: B008 - holds no state
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01),
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         init_from: str | None = None,
@@ -68,28 +68,20 @@ class BlockDiffusion(MaskedDiffusion):
         )  # fmt: skip
         self.block_size: StepSchedule = schedule
         self.eos_id = self.check_eos(eos_id)
-        process_steps = getattr(getattr(forward_process, "schedule", None), "steps", [])
-        for step in chain(schedule.steps, process_steps):
-            if forward_process.num_stages_at(step) > schedule.at(step):
-                raise ValueError(
-                    f"a block of {schedule.at(step)} positions has at most as many stages, got num_stages = "
-                    f"{forward_process.num_stages_at(step)} at optimizer step {step}; "
-                    "lower num_stages (or let it grow with the blocks), or use longer blocks"
-                )
-        self._steps_before = 0
+        self.check_sampler(sampler)
+        self.trained_in: int | None = None  # the block size of the training batch seen last
 
-    def forward(self, xt: Tensor, x0: Tensor | None = None, block_size: int | None = None) -> Tensor:
+    def forward(self, xt: Tensor, x0: Tensor, block_size: int | None = None) -> Tensor:  # type: ignore[override]
         """Predict every position, never as the mask token; all blocks in one pass.
 
         Args:
             xt: Partly masked sequences, (B, L) int64.
-            x0: What each block sees of the blocks before it, (B, L) int64; ``xt`` itself if not given.
+            x0: What each block sees of the blocks before it, (B, L) int64.
             block_size: Length of a block; the current one if not given.
 
         Returns:
             Logits aligned with positions, (B, L, V); -inf for the mask token.
         """
-        x0 = xt if x0 is None else x0
         block_size = block_size or self.current_block_size()
         length = xt.shape[1]
         # Nobody sees the last block of x0.
@@ -98,23 +90,31 @@ class BlockDiffusion(MaskedDiffusion):
         noisy, clean = hidden.split([length, seen], dim=1)
         before = torch.cat([noisy[:, :1], clean[:, block_size - 1 :: block_size]], dim=1)
         aligned = self.align(cut_blocks(noisy, block_size), before.flatten(0, 1)[:, None])
-        return self.predictions(aligned).view(*xt.shape, self.vocab_size)
-
-    def predictions(self, hidden: Tensor) -> Tensor:
-        """Hidden states aligned with positions, (..., D), to logits (..., V); -inf for the mask token."""
-        return exclude_token(self.backbone.lm_head(hidden), self.mask_id)  # type: ignore[operator]
+        return self.predictions(self.backbone.lm_head(aligned)).view(*xt.shape, self.vocab_size)  # type: ignore[operator]
 
     def denoise(self, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
         logits: Tensor = self(xt, x0, block_size)
         return logits
 
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One forward pass gives the loss of all blocks and moves their chains."""
+        self.trained_in = self.block_size_of(batch)
+        self.log("train/block_size", float(self.trained_in), batch_size=len(batch["xt"]))
+        return super().training_step(batch, batch_idx)
+
     def check_sampler(self, sampler: AnySampler) -> None:
         """Check that a sampler is one for block models, and that it can generate as far as it is asked to."""
+        if isinstance(sampler, Sampler):
+            raise ValueError(
+                "BlockDiffusion is sampled from with a BlockSampler, got a Sampler, which completes the whole canvas; "
+                "give it as what happens within a block: BlockSampler(within=Sampler(...)), or `within: {...}` in YAML"
+            )
         super().check_sampler(sampler)
         assert isinstance(sampler, BlockSampler)
         longest = getattr(self.backbone, "max_length", None)
         if sampler.length is not None:
-            check_block_size(self.block_size.last, sampler.length)
+            for size in self.block_size.values:
+                check_block_size(size, sampler.length)
             if isinstance(longest, int) and sampler.length > longest:
                 raise ValueError(
                     f"sampler: length {sampler.length} is more than the backbone's max_length {longest}; "
@@ -122,13 +122,24 @@ class BlockDiffusion(MaskedDiffusion):
                 )
 
     def current_block_size(self) -> int:
-        """The length of the blocks at the step that training, or the checkpoint that was loaded, has come to."""
-        return self.block_size.at(max(self.global_step, self._steps_before))
+        """The length of the blocks that the model was trained in last, which is what it can be evaluated in."""
+        return self.trained_in or self.block_size.at(0)
+
+    def on_fit_start(self) -> None:
+        """A run that is not a resumed one starts its curriculum anew."""
+        super().on_fit_start()
+        if not self._resumed:
+            self.trained_in = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As for every model; and how far the curriculum has come."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["block_size"] = self.current_block_size()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As for every model; and remember how far the curriculum has come."""
+        """As for every model; and how far the curriculum has come."""
         super().on_load_checkpoint(checkpoint)
-        self._steps_before = int(checkpoint.get("global_step", 0))
+        self.trained_in = checkpoint["block_size"]
 
     def sample(
         self,
@@ -173,7 +184,8 @@ class CachedBlocks:
         start = self.cache.length
         hidden = self.model.backbone.hidden_states(xt, self.cache)  # type: ignore[operator]
         self.cache.length = start
-        return self.model.predictions(self.model.align(hidden, self.before))
+        aligned = self.model.align(hidden, self.before)
+        return self.model.predictions(self.model.backbone.lm_head(aligned))  # type: ignore[operator]
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows (n,) of the batch alone."""

@@ -37,7 +37,11 @@ class GenerativeModule(StreamedModule):
         Returns:
             Logits aligned with positions, (B, L, V); -inf for the mask token.
         """
-        return exclude_token(self.align(self.backbone(xt)), self.mask_id)
+        return self.predictions(self.align(self.backbone(xt)))
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Logits aligned with positions, (..., V), with -inf for the mask token."""
+        return exclude_token(logits, self.mask_id)
 
     def align(self, outputs: Tensor, before: Tensor | None = None) -> Tensor:
         """The one place of the shift: what the backbone says about each position, at that position.
@@ -62,11 +66,11 @@ class GenerativeModule(StreamedModule):
         self.check_logits(batch, self(batch["xt"]))
 
     def all_samplers(self) -> list[AnySampler]:
-        """The module's own and those of the callbacks."""
+        """The module's own and those of the callbacks, each once."""
         samplers = [self.sampler]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             samplers += getattr(callback, "samplers", [getattr(callback, "sampler", None) or self.sampler])
-        return samplers
+        return list({id(sampler): sampler for sampler in samplers}.values())
 
     def check_sampler(self, sampler: AnySampler) -> None:
         """Check that a sampler is one for this kind of model.

@@ -48,8 +48,8 @@ class MaskedDiffusion(GenerativeModule):
         super().__init__(backbone, forward_process, mask_id, optimizer, scheduler, init_from)
         if getattr(backbone, "causal", False):
             raise ValueError(
-                "MaskedDiffusion needs a backbone that sees all positions: set causal to false (also to initialise it "
-                "from a causal one, with init_from and shifted), or train an AutoregressiveLM"
+                f"{type(self).__name__} needs a backbone that sees all positions: set causal to false (also to "
+                "initialise it from a causal one, with init_from and shifted), or train an AutoregressiveLM"
             )
         self.sampler = sampler
         self.shifted = shifted
@@ -68,10 +68,15 @@ class MaskedDiffusion(GenerativeModule):
         logits: Tensor = self(xt)
         return logits
 
+    @staticmethod
+    def block_size_of(batch: Batch) -> int:
+        """The length of the blocks of a training batch; its stages are (B, number of blocks)."""
+        return batch["xt"].shape[1] // batch["stage"].shape[1]
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass gives the loss and moves the chains."""
         x0, xt = batch["input_ids"], batch["xt"]
-        block_size = xt.shape[1] // batch["stage"].shape[1]
+        block_size = self.block_size_of(batch)
         logits = self.denoise(xt, x0, block_size)
         masked = cut_blocks(xt == self.mask_id, block_size)
         # Blocks with nothing masked have no loss and do not count.
@@ -85,7 +90,7 @@ class MaskedDiffusion(GenerativeModule):
     def preflight(self, batch: Batch) -> None:
         """Check the shapes of the logits and of the policy's scores on the first batch."""
         xt = batch["xt"]
-        block_size = xt.shape[1] // batch["stage"].shape[1]
+        block_size = self.block_size_of(batch)
         logits = self.denoise(xt, batch["input_ids"], block_size)
         self.check_logits(batch, logits)
         samplers = self.all_samplers()
