@@ -361,9 +361,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     assert_goes_on(full, resumed, min(resumed[0].losses) - 1)
 
 
-def two_processes(folder: Path) -> None:
+def two_processes(folder: Path, **more: Any) -> None:
     """Train to the end, then again from two checkpoints, on two ranks; each writes down what it saw."""
-    options = {"devices": 2, "strategy": "ddp", "process": ProgressiveUnmasking(3, threshold=0.3), "max_steps": 12}
+    process = ProgressiveUnmasking(3, threshold=0.3)
+    options = {"devices": 2, "strategy": "ddp", "process": process, "max_steps": 12, **more}
     full = run(folder, save_at=(4, 13), **options)
     seen = {"losses": [*full[0].losses.values()], "sequences": [*full[0].sequences.values()]}
     seen["lengths"] = [full[2].global_step, full[2].num_training_batches]
@@ -372,14 +373,33 @@ def two_processes(folder: Path) -> None:
     (folder / f"rank{full[2].global_rank}.json").write_text(json.dumps(seen))
 
 
-def test_two_processes(tmp_path):
-    """Same number of steps, disjoint sequences, bit-identical resume; and one process refuses their checkpoint."""
+def two_processes_in_blocks(folder: Path) -> None:
+    """The blocks of a sequence end at different times, and other ones on another rank."""
+    two_processes(folder, block_size=[(0, 2), (5, 5)])
+
+
+def on_two_ranks(folder: Path, function: str) -> tuple[dict[str, Any], dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "LOCAL_RANK"))}
     done = subprocess.run(
-        script(tmp_path, "two_processes"), capture_output=True, text=True, timeout=120, env=environment, check=False
+        script(folder, function), capture_output=True, text=True, timeout=240, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
-    a, b = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    return tuple(json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_block_model(tmp_path):
+    """Same number of steps, other sequences, bit-identical resume across a switch of the block size."""
+    a, b = on_two_ranks(tmp_path, "two_processes_in_blocks")
+    assert a["lengths"] == b["lengths"] == [12, 51 // 8]
+    assert len(a["losses"]) == len(b["losses"]) and a["losses"] != b["losses"]
+    held = [set(map(tuple, itertools.chain(*rank["sequences"][:6]))) for rank in (a, b)]
+    assert held[0].isdisjoint(held[1])
+
+
+def test_two_processes(tmp_path):
+    """Same number of steps, disjoint sequences, bit-identical resume; and one process refuses their checkpoint."""
+    a, b = on_two_ranks(tmp_path, "two_processes")
     assert a["lengths"] == b["lengths"] == [12, 51 // 8]
     assert len(a["losses"]) == len(b["losses"]) and a["losses"] != b["losses"]
 
