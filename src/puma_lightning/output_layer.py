@@ -22,8 +22,8 @@ CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
 # Rows of the buffer start at multiples of this: with an odd vocabulary a product into packed rows takes 1.5 times as
 # long on a CPU, and tensor cores want 16 bytes.
 ALIGNMENT = 16
-# A probability of 1 / vocabulary is no normal number in float16: gradients pass through it multiplied by this.
-HALF_SCALE = 1024.0
+# A probability of 1 / vocabulary is no normal number in float16: factors of gradients are multiplied by this.
+HALF_SCALE = 64.0
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,15 @@ def predict(
     _check(hidden, weight, bias, statistics, {} if target is None else {"target": target})
     head = _Head(hidden, weight, bias, mask_id, chunk_rows)
     found = head.empty(statistics, nll=target is not None)
-    drawn = None
-    uniform = torch.rand(0)
-    if temperature is not None:
-        drawn = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
-        if temperature > 0:
-            uniform = torch.rand(len(hidden), dtype=head.exact, device=hidden.device, generator=generator)
+    drawn = hidden.new_empty(len(hidden), dtype=torch.long)
+    numbers = len(hidden) if temperature else 0
+    uniform = torch.rand(numbers, dtype=head.exact, device=hidden.device, generator=generator)
     with head.no_autocast():
         for rows, buffer in head.chunks():
-            if drawn is not None and temperature is not None:
+            if temperature is not None:
                 drawn[rows] = _draw(buffer, uniform[rows], temperature, top_p)
             _summarise(buffer, None if target is None else target[rows], found, rows)
-    return replace(found, drawn=drawn)
+    return found if temperature is None else replace(found, drawn=drawn)
 
 
 def rows_per_chunk(num_positions: int, vocab_size: int, device: torch.device) -> int:

@@ -1,0 +1,271 @@
+"""What the output layer costs in a training step, from hidden states and in the textbook way. See benchmarks/README.md.
+
+Both sides make the loss of the masked positions, the gradients of hidden states and weight, and the confidence of the
+masked positions, which the policy reads. They take turns, in random order within every round, on the same numbers.
+Memory is measured in a process of its own for each side.
+"""
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import _report
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from puma_lightning.output_layer import linear_cross_entropy, rows_per_chunk
+
+PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of hidden states and a head."""
+
+    batch_size: int
+    length: int
+    masked: float
+    vocab_size: int
+    hidden_size: int
+    device: str = "cpu"
+    precision: str = "32"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
+
+
+@dataclass
+class Inputs:
+    hidden: Tensor  # (B, L, D)
+    weight: Tensor  # (V, D)
+    x0: Tensor  # (B, L)
+    masked: Tensor  # (B, L)
+    mask_id: int
+
+
+def make(shape: Shape) -> Inputs:
+    """Numbers of the size they have in a model: a norm before the head, and a head drawn with std 0.02."""
+    torch.manual_seed(0)
+    size = (shape.batch_size, shape.length)
+    count = round(shape.masked * shape.length)
+    hidden = torch.empty(*size, shape.hidden_size, device=shape.device).normal_()
+    weight = torch.empty(shape.vocab_size, shape.hidden_size, device=shape.device).normal_(std=0.02)
+    return Inputs(
+        hidden=hidden.requires_grad_(),
+        weight=weight.requires_grad_(),
+        x0=torch.randint(shape.vocab_size - 1, size, device=shape.device),
+        masked=torch.rand(size, device=shape.device).argsort(1) < count,
+        mask_id=shape.vocab_size - 1,
+    )
+
+
+def ours(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Loss, with gradients, and the confidence of the masked positions."""
+    masked = inputs.masked
+    weights = (masked / masked.sum(1, keepdim=True) / len(masked))[masked]
+    loss, prediction = linear_cross_entropy(
+        inputs.hidden[masked],
+        inputs.weight,
+        inputs.x0[masked],
+        weights,
+        mask_id=inputs.mask_id,
+        statistics=["log_prob"],
+    )
+    loss.backward()
+    assert prediction.log_prob is not None
+    return loss.detach(), prediction.log_prob.exp()
+
+
+def textbook(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The same from the logits of all positions."""
+    masked = inputs.masked
+    logits = F.linear(inputs.hidden, inputs.weight)
+    logits[..., inputs.mask_id] = float("-inf")
+    nll = F.cross_entropy(logits.float().flatten(0, 1), inputs.x0.flatten(), reduction="none").view_as(inputs.x0)
+    loss = ((nll * masked).sum(1) / masked.sum(1)).mean()
+    loss.backward()
+    confidence = logits.detach().float().softmax(-1).amax(-1)
+    return loss.detach(), confidence[masked]
+
+
+SIDES: dict[str, Callable[[Inputs], tuple[Tensor, Tensor]]] = {"ours": ours, "textbook": textbook}
+
+
+def step(side: str, shape: Shape, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Loss, confidence, and the gradients of hidden states and weight."""
+    inputs.hidden.grad = inputs.weight.grad = None
+    with shape.autocast():
+        loss, confidence = SIDES[side](inputs)
+    assert inputs.hidden.grad is not None and inputs.weight.grad is not None
+    return loss, confidence, inputs.hidden.grad, inputs.weight.grad
+
+
+def timed(side: str, shape: Shape, inputs: Inputs) -> tuple[float, float, tuple[Tensor, ...]]:
+    """Seconds of wall time and of processor time, and what a step returns."""
+    synchronise(shape)
+    start, busy = time.perf_counter(), time.process_time()
+    results = step(side, shape, inputs)
+    synchronise(shape)
+    return time.perf_counter() - start, time.process_time() - busy, results
+
+
+def synchronise(shape: Shape) -> None:
+    if shape.device != "cpu":
+        torch.cuda.synchronize(shape.device)
+
+
+def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+    """Seconds of both sides, and how far apart what they computed is."""
+    for side in SIDES:
+        # Loads the libraries.
+        small = replace(shape, batch_size=1, length=8, vocab_size=100)
+        step(side, small, make(small))
+    inputs = make(shape)
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    processor: dict[str, list[float]] = {side: [] for side in SIDES}
+    results: dict[str, tuple[Tensor, ...]] = {}
+    order = list(SIDES)
+    shuffled = random.Random(0)
+    # The first round is not counted on a GPU, whose libraries choose their kernels in it.
+    for done in range(-1 if shape.device != "cpu" else 0, rounds):
+        shuffled.shuffle(order)
+        for side in order:
+            wall, busy, results[side] = timed(side, shape, inputs)
+            if done >= 0:
+                seconds[side].append(wall)
+                processor[side].append(busy)
+                print(f"round {done + 1}: {side} {wall:.3f} s, processor {busy:.3f} s", flush=True)
+    names = ("loss", "confidence", "grad_hidden", "grad_weight")
+    return {
+        "shape": asdict(shape),
+        "rounds": rounds,
+        "seconds": {side: spread(values) for side, values in seconds.items()},
+        "processor_seconds": {side: spread(values) for side, values in processor.items()},
+        "times_faster": ratios(seconds),
+        "times_faster_processor": ratios(processor),
+        "relative_difference": {
+            name: float((a - b).norm() / b.norm())
+            for name, a, b in zip(names, results["ours"], results["textbook"], strict=True)
+        },
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    named = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, 4) for name, value in named.items()}
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Textbook over ours: of medians and minima, and within rounds."""
+    by_round = [textbook / ours for ours, textbook in zip(seconds["ours"], seconds["textbook"], strict=True)]
+    named = {
+        "of_medians": statistics.median(seconds["textbook"]) / statistics.median(seconds["ours"]),
+        "of_minima": min(seconds["textbook"]) / min(seconds["ours"]),
+        "median_by_round": statistics.median(by_round),
+        "min_by_round": min(by_round),
+        "max_by_round": max(by_round),
+    }
+    return {name: round(value, 3) for name, value in named.items()}
+
+
+def peak_memory(side: str, shape: Shape) -> dict[str, Any]:
+    """Of one step in this process, without what it is given: hidden states and weight. Gradients are counted."""
+    inputs = make(shape)
+    if shape.device != "cpu":
+        torch.cuda.reset_peak_memory_stats(shape.device)
+        before = torch.cuda.memory_allocated(shape.device)
+        wall, busy, _ = timed(side, shape, inputs)
+        peak = torch.cuda.max_memory_allocated(shape.device)
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        wall, busy, _ = timed(side, shape, inputs)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "working_gb": round((peak - before) / 1e9, 3),
+        "with_inputs_gb": round(peak / 1e9, 3),
+        "seconds": round(wall, 2),
+        "processor_seconds": round(busy, 2),
+    }
+
+
+def peak_memory_of(side: str, shape: Shape, threads: int) -> dict[str, Any]:
+    """``peak_memory`` in a process of its own."""
+    job = json.dumps({"side": side, "shape": asdict(shape), "threads": threads})
+    words = [sys.executable, __file__, "--child", job]
+    run = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    print(f"memory, {shape.batch_size} x {shape.length}: {side} {found}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences, where both sides are timed")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--masked", type=float, default=0.5, help="share of positions masked")
+    parser.add_argument("--vocab-size", type=int, default=151_645)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--full-batch-size", type=int, default=32, help="where ours alone is run once, 0 to leave out")
+    parser.add_argument("--full-textbook", action="store_true", help="the textbook version at that size too")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=PRECISIONS, default="32", help="of autocast; 32 is none")
+    parser.add_argument("--threads", type=int, help="CPU threads; default what PyTorch chooses")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/head.json"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        job = json.loads(args.child)
+        torch.set_num_threads(job["threads"])
+        print(json.dumps(peak_memory(job["side"], Shape(**job["shape"]))))
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shape = Shape(
+        args.batch_size, args.length, args.masked, args.vocab_size, args.hidden_size, args.device, args.precision
+    )
+    threads = torch.get_num_threads()
+    # Before anything of this process lies in the device's memory.
+    memory = {side: peak_memory_of(side, shape, threads) for side in SIDES}
+    full = replace(shape, batch_size=args.full_batch_size)
+    sides = [side for side in SIDES if side == "ours" or args.full_textbook] if args.full_batch_size else []
+    at_full_size = {side: peak_memory_of(side, full, threads) for side in sides}
+    measured = measure(shape, args.rounds)
+    positions = round(shape.masked * shape.length) * shape.batch_size
+    report = {
+        "command": _report.command_line(),
+        "environment": {**_report.environment(args.device), "precision": args.precision},
+        **measured,
+        "rows_per_chunk": rows_per_chunk(positions, shape.vocab_size, torch.device(shape.device)),
+        "peak_memory": memory,
+        "full_size": {"batch_size": full.batch_size, **at_full_size},
+        # Of float32 logits alone, of which the textbook version makes several.
+        "full_size_logits_gb": round(4e-9 * full.batch_size * full.length * full.vocab_size, 2),
+    }
+    _report.write(args.out, report)
+    print(f"\n{'':10}{'median':>9}{'min':>9}{'max':>9}{'processor':>11}{'ratio':>8}{'peak memory':>14}")
+    for side in SIDES:
+        times, busy = measured["seconds"][side], measured["processor_seconds"][side]["median"]
+        ratio = 1.0 if side == "ours" else measured["times_faster"]["of_medians"]
+        print(
+            f"{side:10}{times['median']:8.3f}s{times['min']:8.3f}s{times['max']:8.3f}s{busy:10.3f}s{ratio:8.2f}"
+            f"{memory[side]['working_gb']:11.2f} GB"
+        )
+    print("times faster", measured["times_faster"], "\n  processor ", measured["times_faster_processor"])
+    print("relative difference", measured["relative_difference"])
+
+
+if __name__ == "__main__":
+    main()
