@@ -1,5 +1,6 @@
 """What the model trains on: a forward process turns clean sequences x0 into partly masked ones xt."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,9 +11,12 @@ from puma_lightning.schedule import StepSchedule
 from puma_lightning.unmasking import (
     Confidence,
     PolicyLike,
+    Prediction,
+    Statistic,
     check_policy,
     reveal,
     reveal_at_random,
+    score,
     stage_of,
     target_count,
 )
@@ -56,6 +60,10 @@ class ForwardProcess:
     one step, as in ordinary masked diffusion training.
     """
 
+    def reads(self) -> Collection[Statistic] | None:
+        """The statistics of the predictions that ``advance`` makes do with; None, the default, if it needs logits."""
+        return None
+
     def num_stages_at(self, step: int) -> int:
         """K at an optimizer step; 1 for a process without stages."""
         return 1
@@ -93,13 +101,19 @@ class ForwardProcess:
         raise NotImplementedError
 
     def advance(
-        self, slots: Slots, logits: Tensor, step: int, mask_id: int, generator: torch.Generator | None = None
+        self,
+        slots: Slots,
+        predictions: Tensor | Prediction,
+        step: int,
+        mask_id: int,
+        generator: torch.Generator | None = None,
     ) -> Slots:
         """Move the chains on after the model has seen them. Without a chain every slot retires.
 
         Args:
             slots: The slots that the model has just been trained on.
-            logits: Its predictions for ``slots.xt``, aligned with positions, (B, L, V), without gradient.
+            predictions: Its predictions for ``slots.xt``, aligned with positions, without gradient: logits, (B, L, V),
+                or what ``reads`` asks for, (B, L) each, of which that at masked positions counts.
             step: The optimizer step, for schedules.
             mask_id: The mask token.
             generator: Source of all randomness, on the device of the slots.
@@ -112,6 +126,9 @@ class ForwardProcess:
 
 class RandomMasking(ForwardProcess):
     """The usual masked diffusion training: n uniformly chosen answer positions, n uniform in 1..A."""
+
+    def reads(self) -> Collection[Statistic]:
+        return ()
 
     def start(
         self,
@@ -128,6 +145,9 @@ class RandomMasking(ForwardProcess):
 
 class NoMasking(ForwardProcess):
     """Clean sequences, for autoregressive training."""
+
+    def reads(self) -> Collection[Statistic]:
+        return ()
 
     def start(
         self,
@@ -163,6 +183,12 @@ class ProgressiveUnmasking(ForwardProcess):
         self.policy = check_policy(policy)
         self.threshold = threshold
 
+    def reads(self) -> Collection[Statistic] | None:
+        reads = getattr(self.policy, "reads", None)
+        if reads is None or self.threshold is None:
+            return reads
+        return {*reads, *Confidence.reads}
+
     def num_stages_at(self, step: int) -> int:
         return self.schedule.at(step)
 
@@ -192,7 +218,12 @@ class ProgressiveUnmasking(ForwardProcess):
         return reveal_at_random(x0, prompt_mask, count, mask_id, generator)
 
     def advance(
-        self, slots: Slots, logits: Tensor, step: int, mask_id: int, generator: torch.Generator | None = None
+        self,
+        slots: Slots,
+        predictions: Tensor | Prediction,
+        step: int,
+        mask_id: int,
+        generator: torch.Generator | None = None,
     ) -> Slots:
         answer_length = (~slots.prompt_mask).sum(1)
         num_stages = self.chain_stages(self.num_stages_at(step), answer_length)
@@ -204,8 +235,8 @@ class ProgressiveUnmasking(ForwardProcess):
         stage = stage + 1
         done = stage >= num_stages
         target = target_count(torch.minimum(stage, num_stages - 1), num_stages, answer_length, generator)
-        scores = self.policy(logits, slots.xt)
-        confident = None if self.threshold is None else Confidence()(logits, slots.xt) > self.threshold
+        scores = score(self.policy, predictions, slots.xt)
+        confident = None if self.threshold is None else score(Confidence(), predictions, slots.xt) > self.threshold
         xt = reveal(slots.xt, slots.x0, scores, (target - revealed).clamp_min(0), mask_id, confident, generator)
         if confident is not None:
             masked = (xt == mask_id).sum(1)

@@ -7,14 +7,14 @@ once. Nothing of size (positions, vocabulary) outlives its chunk, and no product
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Statistic = Literal["token", "log_prob", "margin", "entropy"]
+from puma_lightning.unmasking import Prediction, Statistic
 
 # Logits of one chunk. A product with fewer than about 256 rows is slow, and the weight's gradient is read and written
 # once per chunk. A GPU's products are so fast that the second matters more.
@@ -24,27 +24,6 @@ CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
 ALIGNMENT = 16
 # A probability of 1 / vocabulary is no normal number in float16: factors of gradients are multiplied by this.
 HALF_SCALE = 64.0
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says about N positions, without gradient; None where it was not asked for.
-
-    Attributes:
-        nll: -log p(target) in nats, (N,) float32.
-        token: The most likely token, (N,) int64.
-        log_prob: Its log-probability, (N,) float32.
-        margin: Its probability minus that of the second, (N,) float32.
-        entropy: Of the distribution, in nats, (N,) float32.
-        drawn: A token drawn from the distribution, (N,) int64.
-    """
-
-    nll: Tensor | None = None
-    token: Tensor | None = None
-    log_prob: Tensor | None = None
-    margin: Tensor | None = None
-    entropy: Tensor | None = None
-    drawn: Tensor | None = None
 
 
 def linear_cross_entropy(

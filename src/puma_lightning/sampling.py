@@ -1,8 +1,8 @@
 """The student's chain: complete masked sequences with the model's own tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,14 @@ from torch import Tensor
 from puma_lightning.unmasking import (
     Confidence,
     PolicyLike,
+    Prediction,
+    Statistic,
     check_block_size,
     check_policy,
     exclude_token,
     policy_name,
     reveal,
+    score,
 )
 
 
@@ -128,7 +131,7 @@ class Sampler:
         nfe = torch.zeros(xt.shape[0], dtype=torch.long, device=xt.device)
         step = 0
         while (masked := xt == mask_id).any():
-            logits = exclude_token(model(xt), mask_id)
+            tokens, scores, confident = self._predict(model, xt, masked, mask_id, generator)
             remaining = masked.sum(1)
             nfe += remaining > 0
             if self.num_steps:
@@ -136,13 +139,51 @@ class Sampler:
                 count = (remaining + steps_left - 1) // steps_left
             else:
                 count = torch.full_like(remaining, self.tokens_per_step)
-            confident = None if self.threshold is None else Confidence()(logits, xt) > self.threshold
-            tokens = draw(logits, mask_id, self.temperature, self.top_p, generator)
-            scores = self.policy(logits, xt)
             xt = reveal(xt, tokens, scores, count, mask_id, also=confident, generator=generator)
             reveal_step = torch.where(masked & (xt != mask_id), step, reveal_step)
             step += 1
         return Sample(xt, reveal_step, nfe)
+
+    def _predict(
+        self,
+        model: Callable[[Tensor], Tensor],
+        xt: Tensor,
+        masked: Tensor,
+        mask_id: int,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens for the masked positions, the policy's scores, and where the threshold is passed, (B, L) each."""
+        predictions: Tensor | Prediction
+        reads = getattr(self.policy, "reads", None)
+        if reads is not None and isinstance(model, MaskedPredictor) and model.large_vocabulary():
+            reads = reads if self.threshold is None else {*reads, *Confidence.reads}
+            predictions = model.predict_masked(xt, masked, reads, self.temperature, self.top_p, generator)
+            assert predictions.drawn is not None
+            tokens = predictions.drawn
+        else:
+            predictions = exclude_token(model(xt), mask_id)
+            tokens = draw(predictions, mask_id, self.temperature, self.top_p, generator)
+        confident = None if self.threshold is None else score(Confidence(), predictions, xt) > self.threshold
+        return tokens, score(self.policy, predictions, xt), confident
+
+
+@runtime_checkable
+class MaskedPredictor(Protocol):
+    """A model that can say what a sampler needs of the masked positions alone, without logits of all of them."""
+
+    def large_vocabulary(self) -> bool:
+        """Whether that is worth it."""
+
+    def predict_masked(
+        self,
+        xt: Tensor,
+        masked: Tensor,
+        reads: Collection[Statistic],
+        temperature: float,
+        top_p: float,
+        generator: torch.Generator | None,
+    ) -> Prediction:
+        """Statistics and a drawn token of every masked position, (B, L) each."""
 
 
 class Reader(Protocol):

@@ -7,6 +7,7 @@ training step calls ``advance`` after its forward pass; the next step's batch ha
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from puma_lightning.data.base import Batch
 from puma_lightning.forward_process import ForwardProcess, Slots
 from puma_lightning.schedule import StepSchedule
 from puma_lightning.sequences import CleanSequences, derived_seed
-from puma_lightning.unmasking import check_block_size, cut_blocks, stage_of
+from puma_lightning.unmasking import Prediction, check_block_size, cut_blocks, stage_of
 
 
 class Stream:
@@ -90,11 +91,12 @@ class Stream:
         shown = {"input_ids": chains.x0, "prompt_mask": chains.prompt_mask, "xt": chains.xt, "stage": chains.stage}
         return {name: tensor.view(self.num_slots, -1) for name, tensor in shown.items()}
 
-    def advance(self, logits: Tensor, step: int) -> None:
+    def advance(self, predictions: Tensor | Prediction, step: int) -> None:
         """Move the chains of the batch yielded last.
 
         Args:
-            logits: The model's predictions for the batch's xt, aligned with positions, (B, L, V).
+            predictions: The model's for the batch's xt, aligned with positions: logits, (B, L, V), or what the forward
+                process ``reads``, (B, L) each.
             step: The optimizer step, for schedules.
         """
         group = (self.step - 1) % len(self.groups)
@@ -102,9 +104,10 @@ class Stream:
         assert chains is not None, "advance before the first batch"
         if self.block_size is not None:
             chains = self._cut_anew(chains, self.block_size.at(step))
-            logits = cut_blocks(logits, self.block_size.at(step))
+            cut = partial(cut_blocks, block_size=self.block_size.at(step))
+            predictions = cut(predictions) if isinstance(predictions, Tensor) else predictions.map(cut)
         generator = self._seeded(self.step - 1, purpose=1)
-        moved = self.process.advance(chains, logits, step, self.mask_id, generator)
+        moved = self.process.advance(chains, predictions, step, self.mask_id, generator)
         done = moved.done | chains.done
         # The chains of a slot end one by one; one that is over has nothing left to be trained on.
         self.groups[group] = replace(moved, done=done, xt=torch.where(done[:, None], moved.x0, moved.xt))

@@ -10,10 +10,55 @@ Everything here is a pure function of tensors, works on whole batches and never 
 All randomness is in how ``reveal`` breaks ties, so a policy is a plain function of the logits and xt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Statistic = Literal["token", "log_prob", "margin", "entropy"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about positions, without gradient; None where it was not asked for.
+
+    Attributes:
+        nll: -log p(target) in nats, (...) float32.
+        token: The most likely token, (...) int64.
+        log_prob: Its log-probability, (...) float32.
+        margin: Its probability minus that of the second, (...) float32.
+        entropy: Of the distribution, in nats, (...) float32.
+        drawn: A token drawn from the distribution, (...) int64.
+    """
+
+    nll: Tensor | None = None
+    token: Tensor | None = None
+    log_prob: Tensor | None = None
+    margin: Tensor | None = None
+    entropy: Tensor | None = None
+    drawn: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Prediction":
+        """The same with a function applied to everything that is there."""
+        return Prediction(**{name: function(value) for name, value in vars(self).items() if value is not None})
+
+
+def statistics(logits: Tensor, names: Collection[Statistic]) -> Prediction:
+    """Statistics of predictions that are there as logits, (..., V)."""
+    logits = logits.float()
+    found: dict[str, Tensor] = {}
+    if "token" in names:
+        found["token"] = logits.argmax(-1)
+    if "log_prob" in names:
+        found["log_prob"] = logits.amax(-1) - logits.logsumexp(-1)
+    if "margin" in names:
+        top = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
+        found["margin"] = top[..., 0] - top[..., 1]
+    if "entropy" in names:
+        found["entropy"] = torch.special.entr(logits.softmax(-1)).sum(-1)
+    return Prediction(**found)
 
 
 class Policy:
@@ -23,7 +68,17 @@ class Policy:
     the loss (Propositions 2 and 3 of arXiv 2602.10314). Scores of positions that are not masked are
     ignored. Any callable with this signature can stand in for a ``Policy``; a function named in YAML must
     have its types annotated.
+
+    Attributes:
+        reads: The statistics that ``score`` makes scores of, for a policy that needs no more of the predictions; a
+            large vocabulary's logits are then never kept. None if it needs the logits.
     """
+
+    reads: tuple[Statistic, ...] | None = None
+
+    def score(self, prediction: Prediction, xt: Tensor) -> Tensor:
+        """Scores, (B, L), from the statistics that the policy reads, (B, L) each, and xt, (B, L)."""
+        raise NotImplementedError
 
     def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
         """Score positions.
@@ -35,7 +90,9 @@ class Policy:
         Returns:
             Scores, (B, L) float. Equal scores are revealed in uniformly random order.
         """
-        raise NotImplementedError
+        if self.reads is None:
+            raise NotImplementedError
+        return self.score(statistics(logits, self.reads), xt)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -47,41 +104,57 @@ PolicyLike = Policy | Callable[[Tensor, Tensor], Tensor]
 class Confidence(Policy):
     """The probability of the most likely token ("top-k" in the paper)."""
 
-    def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
-        logits = logits.float()
-        return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+    reads: tuple[Statistic, ...] = ("log_prob",)
+
+    def score(self, prediction: Prediction, xt: Tensor) -> Tensor:
+        assert prediction.log_prob is not None
+        return prediction.log_prob.exp()
 
 
 class Margin(Policy):
     """The probability of the most likely token minus that of the second ("top-k margin")."""
 
-    def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
-        logits = logits.float()
-        top = (logits.topk(2, dim=-1).values - logits.logsumexp(-1, keepdim=True)).exp()
-        margin: Tensor = top[..., 0] - top[..., 1]
-        return margin
+    reads: tuple[Statistic, ...] = ("margin",)
+
+    def score(self, prediction: Prediction, xt: Tensor) -> Tensor:
+        assert prediction.margin is not None
+        return prediction.margin
 
 
 class Entropy(Policy):
     """The negative entropy of the prediction, in nats: the most certain position first."""
 
-    def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
-        entropy: Tensor = torch.special.entr(logits.float().softmax(-1)).sum(-1)
-        return -entropy
+    reads: tuple[Statistic, ...] = ("entropy",)
+
+    def score(self, prediction: Prediction, xt: Tensor) -> Tensor:
+        assert prediction.entropy is not None
+        return -prediction.entropy
 
 
 class RandomOrder(Policy):
     """Every position alike, so that the order is uniformly random."""
 
-    def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
+    reads: tuple[Statistic, ...] = ()
+
+    def score(self, prediction: Prediction, xt: Tensor) -> Tensor:
         return torch.zeros(xt.shape, device=xt.device)
 
 
 class LeftToRight(Policy):
     """The leftmost masked position first."""
 
-    def __call__(self, logits: Tensor, xt: Tensor) -> Tensor:
+    reads: tuple[Statistic, ...] = ()
+
+    def score(self, prediction: Prediction, xt: Tensor) -> Tensor:
         return -torch.arange(xt.shape[1], device=xt.device, dtype=torch.float).expand(xt.shape)
+
+
+def score(policy: PolicyLike, predictions: Tensor | Prediction, xt: Tensor) -> Tensor:
+    """The scores of a policy, (B, L), from logits, (B, L, V), or from the statistics that it reads, (B, L) each."""
+    if isinstance(predictions, Tensor):
+        return policy(predictions, xt)
+    assert isinstance(policy, Policy) and policy.reads is not None
+    return policy.score(predictions, xt)
 
 
 def exclude_token(logits: Tensor, token: int) -> Tensor:

@@ -12,6 +12,7 @@ from puma_lightning.losses import next_token_cross_entropy, trained_positions
 from puma_lightning.models.transformer import KeyValueCache
 from puma_lightning.modules.generative import GenerativeModule
 from puma_lightning.optim import WarmupCosine
+from puma_lightning.output_layer import linear_cross_entropy
 from puma_lightning.sampling import AnySampler, LeftToRightSampler, Sample
 from puma_lightning.unmasking import exclude_token
 
@@ -70,8 +71,17 @@ class AutoregressiveLM(GenerativeModule):
         return loss, max(1, int(trained.sum()))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        trained = trained_positions(batch["input_ids"], batch["prompt_mask"], self.eos_id)
-        return next_token_cross_entropy(self(batch["input_ids"]), batch["input_ids"], trained), trained
+        x0 = batch["input_ids"]
+        trained = trained_positions(x0, batch["prompt_mask"], self.eos_id)
+        head = self.head()
+        if head is None:
+            return next_token_cross_entropy(self(x0), x0, trained), trained
+        index = trained.flatten().nonzero().squeeze(1)
+        states = self.align(self.backbone.hidden_states(x0)).flatten(0, 1)[index]  # type: ignore[operator]
+        weights = torch.full_like(index, 1 / max(1, len(index)), dtype=torch.float)
+        target = x0.flatten()[index]
+        loss, _ = linear_cross_entropy(states, head.weight, target, weights, head.bias, self.mask_id)
+        return loss, trained
 
     def sample(
         self,

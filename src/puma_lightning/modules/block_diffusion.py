@@ -14,7 +14,7 @@ from puma_lightning.modules.masked_diffusion import MaskedDiffusion
 from puma_lightning.optim import WarmupCosine
 from puma_lightning.sampling import AnySampler, BlockSampler, Sample, Sampler
 from puma_lightning.schedule import StepSchedule
-from puma_lightning.unmasking import check_block_size, cut_blocks
+from puma_lightning.unmasking import Prediction, check_block_size, cut_blocks
 
 
 class BlockDiffusion(MaskedDiffusion):
@@ -82,15 +82,17 @@ class BlockDiffusion(MaskedDiffusion):
         Returns:
             Logits aligned with positions, (B, L, V); -inf for the mask token.
         """
-        block_size = block_size or self.current_block_size()
+        states = self.aligned_states(xt, x0, block_size or self.current_block_size())
+        return self.predictions(self.backbone.lm_head(states))  # type: ignore[operator]
+
+    def aligned_states(self, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
         length = xt.shape[1]
         # Nobody sees the last block of x0.
         seen = length - block_size
         hidden = self.backbone.hidden_states(xt, block_size=block_size, clean=x0[:, :seen])  # type: ignore[operator]
         noisy, clean = hidden.split([length, seen], dim=1)
         before = torch.cat([noisy[:, :1], clean[:, block_size - 1 :: block_size]], dim=1)
-        aligned = self.align(cut_blocks(noisy, block_size), before.flatten(0, 1)[:, None])
-        return self.predictions(self.backbone.lm_head(aligned)).view(*xt.shape, self.vocab_size)  # type: ignore[operator]
+        return self.align(cut_blocks(noisy, block_size), before.flatten(0, 1)[:, None]).view_as(noisy)
 
     def denoise(self, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
         logits: Tensor = self(xt, x0, block_size)
@@ -181,11 +183,20 @@ class CachedBlocks:
 
     def __call__(self, xt: Tensor) -> Tensor:
         """The block after them, (B, S) with masked positions, to its logits, (B, S, V)."""
+        return self.model.predictions(self.model.backbone.lm_head(self._states(xt)))  # type: ignore[operator]
+
+    def large_vocabulary(self) -> bool:
+        return self.model.large_vocabulary()
+
+    def predict_masked(self, xt: Tensor, masked: Tensor, *wanted: Any) -> Prediction:
+        """What a sampler needs of the masked positions of the block after them."""
+        return self.model.predict_at(self._states(xt), masked, *wanted)
+
+    def _states(self, xt: Tensor) -> Tensor:
         start = self.cache.length
         hidden = self.model.backbone.hidden_states(xt, self.cache)  # type: ignore[operator]
         self.cache.length = start
-        aligned = self.model.align(hidden, self.before)
-        return self.model.predictions(self.model.backbone.lm_head(aligned))  # type: ignore[operator]
+        return self.model.align(hidden, self.before)
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows (n,) of the batch alone."""

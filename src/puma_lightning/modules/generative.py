@@ -1,16 +1,20 @@
 """What every generative module has in common: evaluation, prediction, and logits aligned with positions."""
 
+from collections.abc import Collection
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from puma_lightning.data.base import Batch, check_batch
 from puma_lightning.modules.base import StreamedModule
+from puma_lightning.output_layer import predict
 from puma_lightning.sampling import AnySampler, Sample
 from puma_lightning.sequences import derived_seed
-from puma_lightning.unmasking import exclude_token
+from puma_lightning.unmasking import Prediction, Statistic, exclude_token
+
+LARGE_VOCABULARY = 4096
 
 
 class GenerativeModule(StreamedModule):
@@ -43,6 +47,58 @@ class GenerativeModule(StreamedModule):
         """Logits aligned with positions, (..., V), with -inf for the mask token."""
         return exclude_token(logits, self.mask_id)
 
+    def head(self) -> nn.Linear | None:
+        """The backbone's output layer, where it is worth running on the positions that count alone.
+
+        That is with a large vocabulary: its logits would be most of a step's memory and time. A small one gains nothing
+        and keeps static shapes. Takes a backbone with ``hidden_states`` and a linear ``lm_head``.
+        """
+        head = getattr(self.backbone, "lm_head", None)
+        usable = isinstance(head, nn.Linear) and hasattr(self.backbone, "hidden_states")
+        return head if usable and self.vocab_size >= LARGE_VOCABULARY else None
+
+    def large_vocabulary(self) -> bool:
+        """Whether the output layer is run on the positions that count alone."""
+        return self.head() is not None
+
+    def predict_at(
+        self,
+        states: Tensor,
+        masked: Tensor,
+        reads: Collection[Statistic],
+        temperature: float,
+        top_p: float,
+        generator: torch.Generator | None,
+    ) -> Prediction:
+        """What the output layer says of the masked positions.
+
+        Args:
+            states: Hidden states aligned with positions, (B, L, D).
+            masked: True where they count, (B, L) bool.
+            reads: The statistics wanted.
+            temperature: Of the drawn tokens; 0 takes the most likely one.
+            top_p: Draw only from the smallest set of tokens with at least this probability.
+            generator: Source of the draws, on the device of ``states``.
+
+        Returns:
+            The statistics and ``drawn``, (B, L) each; 0 at other positions.
+        """
+        head = self.head()
+        assert head is not None
+        index = masked.flatten().nonzero().squeeze(1)
+        found = predict(
+            states.flatten(0, 1)[index],
+            head.weight,
+            head.bias,
+            self.mask_id,
+            None,
+            reads,
+            temperature,
+            top_p,
+            generator,
+        )
+        return spread(found, index, masked.shape)
+
     def align(self, outputs: Tensor, before: Tensor | None = None) -> Tensor:
         """The one place of the shift: what the backbone says about each position, at that position.
 
@@ -63,7 +119,9 @@ class GenerativeModule(StreamedModule):
         """Check the samplers, and what the backbone makes of the first batch."""
         for sampler in self.all_samplers():
             self.check_sampler(sampler)
-        self.check_logits(batch, self(batch["xt"]))
+        self.check_start(batch["prompt_mask"])
+        if self.head() is None:  # with it nothing can have another shape, and the logits may be too many to keep
+            self.check_logits(batch, self(batch["xt"]))
 
     def all_samplers(self) -> list[AnySampler]:
         """The module's own and those of the callbacks, each once."""
@@ -88,12 +146,11 @@ class GenerativeModule(StreamedModule):
         """Check what the backbone made of a batch.
 
         Raises:
-            ValueError: If the logits have another shape, or position 0 of a shifted model is not given.
+            ValueError: If the logits have another shape.
         """
         expected = (*batch["xt"].shape, self.vocab_size)
         if logits.shape != expected:
             raise ValueError(f"the backbone must return logits (B, L, V) = {expected}, got {tuple(logits.shape)}")
-        self.check_start(batch["prompt_mask"])
 
     def check_start(self, prompt_mask: Tensor) -> None:
         """Check that a shifted model has a position to start from.
@@ -193,6 +250,11 @@ class GenerativeModule(StreamedModule):
         """A generator that leaves those of training alone: the same numbers every time for the same keys."""
         seed = derived_seed(self._sampling_seed, self.global_rank, *keys)
         return torch.Generator(self.device).manual_seed(seed)
+
+
+def spread(found: Prediction, index: Tensor, shape: torch.Size) -> Prediction:
+    """What was found at some positions, (N,), at their places among all, (B, L); 0 at the others."""
+    return found.map(lambda value: value.new_zeros(shape.numel()).index_copy(0, index, value).view(shape))
 
 
 def is_questions(batch: Any, mask_id: int) -> bool:

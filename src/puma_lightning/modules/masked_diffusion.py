@@ -1,5 +1,8 @@
 """Masked diffusion: a model that fills in sequences in any order."""
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -7,10 +10,11 @@ from torch import Tensor, nn
 from puma_lightning.data.base import Batch
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, stratified_masking
 from puma_lightning.losses import masked_cross_entropy
-from puma_lightning.modules.generative import GenerativeModule
+from puma_lightning.modules.generative import GenerativeModule, spread
 from puma_lightning.optim import WarmupCosine
+from puma_lightning.output_layer import linear_cross_entropy
 from puma_lightning.sampling import AnySampler, Sample, Sampler
-from puma_lightning.unmasking import cut_blocks
+from puma_lightning.unmasking import Prediction, Statistic, cut_blocks
 
 
 class MaskedDiffusion(GenerativeModule):
@@ -73,32 +77,78 @@ class MaskedDiffusion(GenerativeModule):
         """The length of the blocks of a training batch; its stages are (B, number of blocks)."""
         return batch["xt"].shape[1] // batch["stage"].shape[1]
 
+    def aligned_states(self, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
+        """As ``denoise``, but what the output layer reads: hidden states aligned with positions, (B, L, D)."""
+        return self.align(self.backbone.hidden_states(xt))  # type: ignore[operator]
+
+    def loss(
+        self,
+        xt: Tensor,
+        x0: Tensor,
+        block_size: int,
+        weights: Tensor,
+        reads: Collection[Statistic] | None = (),
+    ) -> tuple[Tensor, Tensor | Prediction]:
+        """The weighted sum of the losses of all blocks, and what the model predicts.
+
+        Args:
+            xt: Partly masked sequences, (B, L) int64.
+            x0: The clean ones, (B, L) int64.
+            block_size: L, or the length of the blocks of a block model.
+            weights: What each block counts for, (B * L / block size,) float.
+            reads: The statistics wanted of the predictions; None for logits.
+
+        Returns:
+            The loss, () float32, and the predictions without gradient: logits (B, L, V) or statistics, (B, L) each.
+        """
+        masked = xt == self.mask_id
+        head = self.head()
+        if head is None or reads is None:
+            logits = self.denoise(xt, x0, block_size)
+            rows = (cut_blocks(tensor, block_size) for tensor in (logits, x0, masked))
+            return (masked_cross_entropy(*rows) * weights).sum(), logits.detach()
+        states = self.aligned_states(xt, x0, block_size).flatten(0, 1)
+        number = cut_blocks(masked, block_size).sum(1)
+        each = (weights / number.clamp_min(1)).repeat_interleave(block_size)
+        index = masked.flatten().nonzero().squeeze(1)
+        loss, found = linear_cross_entropy(
+            states[index], head.weight, x0.flatten()[index], each[index], head.bias, self.mask_id, reads
+        )
+        return loss, spread(found, index, xt.shape)
+
+    def predict_masked(self, xt: Tensor, masked: Tensor, *wanted: Any) -> Prediction:
+        """What a sampler needs of the masked positions, see ``predict_at``."""
+        return self.predict_at(self.aligned_states(xt, xt, xt.shape[1]), masked, *wanted)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass gives the loss and moves the chains."""
         x0, xt = batch["input_ids"], batch["xt"]
         block_size = self.block_size_of(batch)
-        logits = self.denoise(xt, x0, block_size)
-        masked = cut_blocks(xt == self.mask_id, block_size)
         # Blocks with nothing masked have no loss and do not count.
-        losses = masked_cross_entropy(cut_blocks(logits, block_size), cut_blocks(x0, block_size), masked)
-        loss = losses.sum() / masked.any(1).sum()
+        counted = cut_blocks(xt == self.mask_id, block_size).any(1)
+        loss, predictions = self.loss(xt, x0, block_size, counted / counted.sum(), self.forward_process.reads())
         self.check_finite(loss)
-        self.stream.advance(logits.detach(), self.global_step)
+        self.stream.advance(predictions, self.global_step)
         self.log("train/loss", loss, prog_bar=True, batch_size=xt.shape[0])
         return loss
 
     def preflight(self, batch: Batch) -> None:
         """Check the shapes of the logits and of the policy's scores on the first batch."""
-        xt = batch["xt"]
+        x0, xt = batch["input_ids"], batch["xt"]
         block_size = self.block_size_of(batch)
-        logits = self.denoise(xt, batch["input_ids"], block_size)
-        self.check_logits(batch, logits)
         samplers = self.all_samplers()
         for sampler in samplers:
             self.check_sampler(sampler)
-        logits, xt = cut_blocks(logits, block_size), cut_blocks(xt, block_size)
+        self.check_start(batch["prompt_mask"])
         parts: list[object] = [self.forward_process, *(getattr(s, "within", s) for s in samplers)]
-        for policy in [part.policy for part in parts if hasattr(part, "policy")]:
+        policies = [part.policy for part in parts if hasattr(part, "policy")]
+        if self.head() is not None and all(getattr(policy, "reads", None) is not None for policy in policies):
+            # Nothing here can have another shape, and logits of the whole batch may be too many to keep.
+            return
+        logits = self.denoise(xt, x0, block_size)
+        self.check_logits(batch, logits)
+        logits, xt = cut_blocks(logits, block_size), cut_blocks(xt, block_size)
+        for policy in policies:
             scores = policy(logits, xt)
             if scores.shape != xt.shape:
                 raise ValueError(
@@ -118,11 +168,10 @@ class MaskedDiffusion(GenerativeModule):
         x0 = batch["input_ids"]
         block_size = self.current_block_size() or x0.shape[1]
         rows, given = cut_blocks(x0, block_size), cut_blocks(batch["prompt_mask"], block_size)
-        xt = stratified_masking(rows, given, self.mask_id, generator)
-        logits = cut_blocks(self.denoise(xt.view_as(x0), x0, block_size), block_size)
-        losses = masked_cross_entropy(logits, rows, xt == self.mask_id).view(len(x0), -1)
+        xt = stratified_masking(rows, given, self.mask_id, generator).view_as(x0)
         answer_length = (~given).sum(1).view(len(x0), -1)
-        return ((losses * answer_length).sum(1) / answer_length.sum(1)).mean(), len(x0)
+        weights = answer_length / answer_length.sum(1, keepdim=True) / len(x0)
+        return self.loss(xt, x0, block_size, weights.flatten())[0], len(x0)
 
     def current_block_size(self) -> int | None:
         """The length of the blocks now; None for one block as long as the sequence."""
