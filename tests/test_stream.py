@@ -565,6 +565,26 @@ def test_a_slot_keeps_its_sequence_until_all_its_blocks_are_done(process, block_
 
 @block_processes
 @pytest.mark.parametrize("block_size", BLOCKS)
+def test_a_slot_retires_when_its_last_block_is_done(process, block_size):
+    """A block that is done before the others has nothing masked, so no loss, until they are."""
+    stream = stream_of(process, block_size=block_size)
+    waited = 0
+    for _ in range(60):
+        (batch,) = train(stream, 1)
+        (chains,) = stream.groups
+        done = chains.done.view(4, -1)
+        after = stream.peek()
+        stays = (after["input_ids"] == batch["input_ids"]).all(1)
+        assert torch.equal(stays, ~done.all(1))
+        masked = (after["xt"] == MASK).view(4, done.shape[1], -1).any(2)
+        assert not (masked & done)[stays].any()
+        waited += int((done & ~batch["prompt_mask"].view(4, done.shape[1], -1).all(2))[stays].sum())
+    if process.num_stages_at(0) > 1 and getattr(process, "threshold", None) is not None:
+        assert waited > 0
+
+
+@block_processes
+@pytest.mark.parametrize("block_size", BLOCKS)
 def test_every_sequence_is_trained_on_in_blocks_too(process, block_size):
     size = 23
     stream = stream_of(process, DataLoader(Rows(size), batch_size=4), block_size=block_size)
