@@ -1,8 +1,7 @@
 """Programs right over steps on the built-in word problems: several ways to train one model, several seeds.
 
 python benchmarks/words.py                      # 15 runs, two at a time; runs that are finished are not repeated
-python benchmarks/words.py --out benchmarks/results/words_blocks.json --names mdm_from_ar block_mdm_from_ar \
-    block_puma_from_ar block_curriculum_from_ar # blocks, from the same autoregressive models
+python benchmarks/words.py --names mdm_from_ar block_mdm_from_ar block_puma_from_ar block_curriculum_from_ar
 """
 
 import argparse
@@ -45,7 +44,7 @@ def run_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{name}_{seed}" / "runs" / "words" / config_of(name).stem / "version_0"
 
 
-def train(name: str, seed: int, folder: Path, threads: int, flags: list[str]) -> None:
+def train(name: str, seed: int, folder: Path, ar_folder: Path, threads: int, flags: list[str]) -> None:
     """One run through the public command line, unless it is there."""
     target = folder / f"{name}_{seed}"
     if (target / "done").exists():
@@ -55,7 +54,7 @@ def train(name: str, seed: int, folder: Path, threads: int, flags: list[str]) ->
     command = [sys.executable, "-m", "puma_lightning", "fit", "--config", str(config_of(name))]
     command += ["--seed_everything", str(seed)]
     if name.endswith("from_ar"):
-        start = run_folder(folder, "ar", seed) / "checkpoints" / "last.ckpt"
+        start = run_folder(ar_folder, "ar", seed) / "checkpoints" / "last.ckpt"
         command += ["--model.init_args.init_from", str(start.absolute()), "--model.init_args.shifted", "true"]
     command += ["--trainer.enable_progress_bar", "false", *flags]
     print(f"{name}, seed {seed}", flush=True)
@@ -76,19 +75,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--names", nargs="+", choices=list(NAMES), default=FIVE)
     parser.add_argument("--folder", type=Path, default=Path("runs/words_seeds"))
+    parser.add_argument(
+        "--ar_folder", type=Path, help="where the autoregressive runs to start from are; default: FOLDER"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "words.json")
     options, flags = parser.parse_known_args()
 
+    ar_folder = options.ar_folder or options.folder
     starting = [name for name in options.names if name.endswith("from_ar")]
     first = [name for name in options.names if name not in starting]
-    if starting and "ar" not in first:
+    if starting and "ar" not in first and options.ar_folder is None:
         first = ["ar", *first]
     for names in (first, starting):
         with ThreadPoolExecutor(options.jobs) as pool:
             jobs = [
-                pool.submit(train, name, seed, options.folder, options.threads, flags)
+                pool.submit(train, name, seed, options.folder, ar_folder, options.threads, flags)
                 for seed in options.seeds
                 for name in names
             ]
