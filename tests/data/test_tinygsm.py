@@ -1,4 +1,5 @@
 import json
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from puma_lightning import hub
 from puma_lightning.data.base import check_batch
 from puma_lightning.data.tinygsm import TinyGSMDataModule, gold_answer
+from puma_lightning.metrics.programs import ProgramAccuracy
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 CODE = "def f():\n    return {}"
@@ -293,3 +295,45 @@ def test_programs_of_gsm8k(tmp_path: Path) -> None:
     assert whole(data, "gsm8k")["answer"] == gold and len(gold) == 1319
     sizes = (whole(data, "train")["input_ids"] != data.eos_id).sum(1)
     assert torch.all(sizes < 512)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+def test_programs_of_gsm8k_score_100_percent_through_the_whole_path(tmp_path: Path) -> None:
+    """Tokenised with GPT-2's tokenizer, laid out, decoded, extracted, run and compared; with a constant changed, 0%."""
+    file = SHARED / "data/gsm8k/train_programs.jsonl"
+    data = TinyGSMDataModule(
+        str(file), None, None, answer_column="answer", tokenizer=str(SHARED / "tokenizers/gpt2"),
+        cache_dir=str(tmp_path), num_val=1, eval_batch_size=500,
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup()
+    answers = {row["question"].strip(): row["answer"] for row in map(json.loads, file.read_text().splitlines())}
+    sets = [whole(data, name) for name in ("train", "val")]
+    shown = [
+        data.decode(ids, given)
+        for part in sets
+        for ids, given in zip(part["input_ids"], part["prompt_mask"], strict=True)
+    ]
+    completions = [text["completion"] for text in shown]
+    golds = [answers[text["prompt"].strip()] for text in shown]
+    assert len(completions) == 7001
+
+    def changed(completion: str) -> str:
+        """With another number in the step that is returned, the first that its value depends on."""
+        (result,) = re.findall(r"\n    result = (\w+)", completion)
+        step = re.search(rf"\n    {result} = (.*)", completion)
+        assert step is not None
+        for number in re.finditer(r"\d*\.?\d+", step[1]):
+            other = step[1][: number.start()] + str(2 * float(number[0]) + 1) + step[1][number.end() :]
+            if abs(eval(other) - eval(step[1])) > 0.01:
+                return completion[: step.start(1)] + other + completion[step.end(1) :]
+        raise AssertionError(completion)
+
+    altered = [changed(completion) for completion in completions]
+    assert all(one != other for one, other in zip(completions, altered, strict=True))
+    for texts_, share in ((completions, 1.0), (altered, 0.0)):
+        metric = ProgramAccuracy()
+        metric.update(texts_, golds)
+        assert metric.compute()["accuracy"] == share
+        assert metric.total == 7001
