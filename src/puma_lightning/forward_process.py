@@ -18,6 +18,7 @@ from puma_lightning.unmasking import (
     reveal_at_random,
     score,
     stage_of,
+    statistics_read,
     target_count,
 )
 
@@ -110,6 +111,8 @@ class ForwardProcess:
     ) -> Slots:
         """Move the chains on after the model has seen them. Without a chain every slot retires.
 
+        A subclass that overrides this says in ``reads`` what it needs.
+
         Args:
             slots: The slots that the model has just been trained on.
             predictions: Its predictions for ``slots.xt``, aligned with positions, without gradient: logits, (B, L, V),
@@ -139,7 +142,7 @@ class RandomMasking(ForwardProcess):
         mask_id: int,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        uniform = torch.rand(x0.shape[0], device=x0.device, generator=generator)
+        uniform = torch.rand(x0.shape[0], dtype=torch.float, device=x0.device, generator=generator)
         return mask_fraction(x0, prompt_mask, uniform, mask_id, generator)
 
 
@@ -184,10 +187,7 @@ class ProgressiveUnmasking(ForwardProcess):
         self.threshold = threshold
 
     def reads(self) -> Collection[Statistic] | None:
-        reads = getattr(self.policy, "reads", None)
-        if reads is None or self.threshold is None:
-            return reads
-        return {*reads, *Confidence.reads}
+        return statistics_read(self.policy, self.threshold)
 
     def num_stages_at(self, step: int) -> int:
         return self.schedule.at(step)
@@ -282,6 +282,6 @@ def stratified_masking(
         xt, (B, L) int64.
     """
     size = x0.shape[0]
-    offset = torch.rand((), device=x0.device, generator=generator)
+    offset = torch.rand((), dtype=torch.float, device=x0.device, generator=generator)
     strata = torch.randperm(size, device=x0.device, generator=generator)
-    return mask_fraction(x0, prompt_mask, (strata + offset) / size, mask_id, generator)
+    return mask_fraction(x0, prompt_mask, (strata.float() + offset) / size, mask_id, generator)

@@ -40,7 +40,8 @@ def linear_cross_entropy(
 
     The weights come in, rather than a loss per position going out, because the gradients are made along with the
     logits: those of weight and bias sum over positions, so what every position counts for must be known by then. A
-    factor on the whole loss (accumulation, a GradScaler) need not. Under autocast the products take its dtype;
+    factor on the whole loss (accumulation, a GradScaler) need not. The weight's gradient, (V, D) in float32, is kept
+    until the backward pass comes to it, which makes a second one. Under autocast the products take its dtype;
     softmax, loss, statistics and the sums of gradients are in float32, of float64 inputs in float64.
 
     Args:
@@ -108,6 +109,10 @@ def predict(
         ValueError: If shapes don't match, or a statistic is unknown.
     """
     _check(hidden, weight, bias, statistics, {} if target is None else {"target": target})
+    if temperature and chunk_rows is None:
+        # Draws keep copies of a chunk, with top_p also its sorted values and their places.
+        most = rows_per_chunk(len(hidden), len(weight), hidden.device)
+        chunk_rows = max(1, most // (4 if top_p == 1 else 8))
     head = _Head(hidden, weight, bias, mask_id, chunk_rows)
     found = head.empty(statistics, nll=target is not None)
     drawn = hidden.new_empty(len(hidden), dtype=torch.long)
@@ -291,6 +296,8 @@ def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> 
     # Below the total even if the product is rounded up to it, so that the token found has a probability.
     point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     place = torch.searchsorted(cumulative, point[:, None], right=True)
+    # A parallel sum may fall by a rounding error, so that the place found has no probability.
+    place = torch.where(probability.gather(1, place) > 0, place, probability.argmax(-1, keepdim=True))
     return (place if order is None else order.gather(1, place))[:, 0]
 
 

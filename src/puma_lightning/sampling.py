@@ -19,6 +19,7 @@ from puma_lightning.unmasking import (
     policy_name,
     reveal,
     score,
+    statistics_read,
 )
 
 
@@ -153,13 +154,13 @@ class Sampler:
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens for the masked positions, the policy's scores, and where the threshold is passed, (B, L) each."""
+        reads = statistics_read(self.policy, self.threshold)
+        found = None
+        if reads is not None and isinstance(model, MaskedPredictor):
+            found = model.predict_masked(xt, masked, reads, self.temperature, self.top_p, generator)
         predictions: Tensor | Prediction
-        reads = getattr(self.policy, "reads", None)
-        if reads is not None and isinstance(model, MaskedPredictor) and model.large_vocabulary():
-            reads = reads if self.threshold is None else {*reads, *Confidence.reads}
-            predictions = model.predict_masked(xt, masked, reads, self.temperature, self.top_p, generator)
-            assert predictions.drawn is not None
-            tokens = predictions.drawn
+        if found is not None and found.drawn is not None:
+            predictions, tokens = found, found.drawn
         else:
             predictions = exclude_token(model(xt), mask_id)
             tokens = draw(predictions, mask_id, self.temperature, self.top_p, generator)
@@ -171,9 +172,6 @@ class Sampler:
 class MaskedPredictor(Protocol):
     """A model that can say what a sampler needs of the masked positions alone, without logits of all of them."""
 
-    def large_vocabulary(self) -> bool:
-        """Whether that is worth it."""
-
     def predict_masked(
         self,
         xt: Tensor,
@@ -182,8 +180,8 @@ class MaskedPredictor(Protocol):
         temperature: float,
         top_p: float,
         generator: torch.Generator | None,
-    ) -> Prediction:
-        """Statistics and a drawn token of every masked position, (B, L) each."""
+    ) -> Prediction | None:
+        """Statistics and a drawn token of every masked position, (B, L) each; None where logits do as well."""
 
 
 class Reader(Protocol):
@@ -408,5 +406,5 @@ def draw(
         before = probability.cumsum(-1) - probability
         logits = torch.empty_like(logits).scatter(-1, index, ordered.masked_fill(before >= top_p, float("-inf")))
     # The Gumbel-max trick draws from softmax(logits) without a (B * L)-row multinomial.
-    uniform = torch.rand(logits.shape, device=logits.device, generator=generator)
+    uniform = torch.rand(logits.shape, dtype=torch.float, device=logits.device, generator=generator)
     return (logits - (-uniform.log()).log()).argmax(-1)

@@ -198,6 +198,9 @@ class Stream:
                     f"the checkpoint was saved with {what} = {saved}, this run has {now}; resume with the same, or "
                     "start a new run from its weights with init_from"
                 )
+        for chains in filter(None, groups):
+            for size in self.block_size.values if self.block_size is not None else ():
+                check_block_size(size, chains.x0.numel() // self.num_slots)
         self.seed = snapshot["seed"]
         self.step = snapshot["step"]
         self.groups = [slots and slots.to(self.device) for slots in groups]

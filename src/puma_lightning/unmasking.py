@@ -149,6 +149,13 @@ class LeftToRight(Policy):
         return -torch.arange(xt.shape[1], device=xt.device, dtype=torch.float).expand(xt.shape)
 
 
+def statistics_read(policy: PolicyLike, threshold: float | None = None) -> tuple[Statistic, ...] | None:
+    """The statistics that a policy, and a threshold on the top-1 probability, make do with; None if it needs logits."""
+    if not isinstance(policy, Policy) or type(policy).__call__ is not Policy.__call__ or policy.reads is None:
+        return None
+    return policy.reads if threshold is None else tuple({*policy.reads, *Confidence.reads})
+
+
 def score(policy: PolicyLike, predictions: Tensor | Prediction, xt: Tensor) -> Tensor:
     """The scores of a policy, (B, L), from logits, (B, L, V), or from the statistics that it reads, (B, L) each."""
     if isinstance(predictions, Tensor):
@@ -222,7 +229,7 @@ def reveal(
         raise ValueError("a policy returned NaN for a masked position; scores must be numbers")
     # Positions that are not masked come last, behind a masked position scored -inf as well.
     scores = scores.float().clamp_min(torch.finfo(torch.float).min).masked_fill(~masked, float("-inf"))
-    shuffle = torch.rand(xt.shape, device=xt.device, generator=generator).argsort(dim=1)
+    shuffle = torch.rand(xt.shape, dtype=torch.float, device=xt.device, generator=generator).argsort(dim=1)
     ranked = scores.gather(1, shuffle).argsort(dim=1, descending=True, stable=True)
     order = shuffle.gather(1, ranked)
     first = torch.arange(xt.shape[1], device=xt.device) < count[:, None]
@@ -267,7 +274,7 @@ def target_count(
     Returns:
         Counts in 0..A-1, the shape of ``stage``, int64.
     """
-    uniform = torch.rand(stage.shape, device=stage.device, generator=generator)
+    uniform = torch.rand(stage.shape, dtype=torch.float, device=stage.device, generator=generator)
     count = ((stage + uniform) / num_stages * answer_length).round().long()
     return torch.minimum(count, answer_length - 1)
 

@@ -23,6 +23,7 @@ from puma_lightning.checkpoints import load_checkpoint
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import BlockDiffusion, MaskedDiffusion
+from puma_lightning.modules.generative import GenerativeModule
 from puma_lightning.optim import WarmupCosine
 
 V = 6
@@ -367,6 +368,7 @@ def two_processes(folder: Path, **more: Any) -> None:
     options = {"devices": 2, "strategy": "ddp", "process": process, "max_steps": 12, **more}
     full = run(folder, save_at=(4, 13), **options)
     seen = {"losses": [*full[0].losses.values()], "sequences": [*full[0].sequences.values()]}
+    seen["weights"] = {name: weight.tolist() for name, weight in full[1].items()}
     seen["lengths"] = [full[2].global_step, full[2].num_training_batches]
     for point in (4, 13):
         assert_goes_on(full, run(folder, folder / f"batch{point}.ckpt", **options), point)
@@ -376,6 +378,12 @@ def two_processes(folder: Path, **more: Any) -> None:
 def two_processes_in_blocks(folder: Path) -> None:
     """The blocks of a sequence end at different times, and other ones on another rank."""
     two_processes(folder, block_size=[(0, 2), (5, 5)])
+
+
+def two_processes_of_a_large_vocabulary(folder: Path) -> None:
+    """The output layer is not called as a module then: its gradients must be averaged all the same."""
+    GenerativeModule.large_vocabulary = 1
+    two_processes(folder, backbone=TransformerBackbone(V, 16, 24, num_layers=2, num_heads=2, dropout=0.2))
 
 
 def on_two_ranks(folder: Path, function: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -395,6 +403,13 @@ def test_two_processes_of_a_block_model(tmp_path):
     assert len(a["losses"]) == len(b["losses"]) and a["losses"] != b["losses"]
     held = [set(map(tuple, itertools.chain(*rank["sequences"][:6]))) for rank in (a, b)]
     assert held[0].isdisjoint(held[1])
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_large_vocabulary(tmp_path):
+    a, b = on_two_ranks(tmp_path, "two_processes_of_a_large_vocabulary")
+    assert a["lengths"] == b["lengths"] == [12, 51 // 8]
+    assert a["losses"] != b["losses"] and a["weights"] == b["weights"]
 
 
 def test_two_processes(tmp_path):

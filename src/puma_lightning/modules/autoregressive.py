@@ -95,21 +95,26 @@ class AutoregressiveLM(GenerativeModule):
         assert isinstance(sampler, LeftToRightSampler)
         xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
         with self.in_eval_mode():
-            return sampler(_Reader(self.backbone, self.mask_id, xt.shape[1]), xt, self.mask_id, self.eos_id, generator)
+            reader = _Reader(self.backbone, self.mask_id, xt.shape[1], self.head(any_vocabulary=True))
+            return sampler(reader, xt, self.mask_id, self.eos_id, generator)
 
 
 class _Reader:
     """Reads sequences piece by piece; predicts what comes next."""
 
-    def __init__(self, backbone: nn.Module, mask_id: int, length: int) -> None:
+    def __init__(self, backbone: nn.Module, mask_id: int, length: int, head: nn.Linear | None) -> None:
         self.backbone = backbone
+        self.head = head
         self.mask_id = mask_id
         cached = "cache" in inspect.signature(backbone.forward).parameters
         self.cache = KeyValueCache(length) if cached else None
         self.seen: Tensor | None = None
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        if self.cache is not None:
+        if self.cache is not None and self.head is not None:
+            # Of a whole prompt only the last position's logits are wanted.
+            logits = self.head(self.backbone.hidden_states(tokens, self.cache)[:, -1:])  # type: ignore[operator]
+        elif self.cache is not None:
             logits = self.backbone(tokens, cache=self.cache)
         else:
             self.seen = tokens if self.seen is None else torch.cat([self.seen, tokens], dim=1)

@@ -35,7 +35,7 @@ from puma_lightning.stream import Stream
 class StreamedModule(pl.LightningModule):
     """A LightningModule whose ``training_step`` is fed by a ``Stream`` built over any train DataLoader.
 
-    Subclasses call ``self.stream.advance(logits, self.global_step)`` once in every training step, and
+    Subclasses call ``self.stream.advance(predictions, self.global_step)`` once in every training step, and
     ``self.check_finite(loss)``.
 
     Args:

@@ -185,11 +185,10 @@ class CachedBlocks:
         """The block after them, (B, S) with masked positions, to its logits, (B, S, V)."""
         return self.model.predictions(self.model.backbone.lm_head(self._states(xt)))  # type: ignore[operator]
 
-    def large_vocabulary(self) -> bool:
-        return self.model.large_vocabulary()
-
-    def predict_masked(self, xt: Tensor, masked: Tensor, *wanted: Any) -> Prediction:
-        """What a sampler needs of the masked positions of the block after them."""
+    def predict_masked(self, xt: Tensor, masked: Tensor, *wanted: Any) -> Prediction | None:
+        """What a sampler needs of the masked positions of the block after them; None where logits do."""
+        if self.model.head() is None:
+            return None
         return self.model.predict_at(self._states(xt), masked, *wanted)
 
     def _states(self, xt: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from puma_lightning.data.base import Batch, check_batch
+from puma_lightning.models.transformer import TransformerBackbone
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.output_layer import predict
 from puma_lightning.sampling import AnySampler, Sample
 from puma_lightning.sequences import derived_seed
 from puma_lightning.unmasking import Prediction, Statistic, exclude_token
-
-LARGE_VOCABULARY = 4096
 
 
 class GenerativeModule(StreamedModule):
@@ -23,6 +22,7 @@ class GenerativeModule(StreamedModule):
     Subclasses define ``training_step``, ``evaluation_loss`` and ``sample``.
     """
 
+    large_vocabulary: int | None = 4096  # tokens from which the output layer is run on positions that count alone
     sampler: AnySampler
     sampler_class: type[AnySampler]
     _sampling_seed = 0
@@ -47,19 +47,25 @@ class GenerativeModule(StreamedModule):
         """Logits aligned with positions, (..., V), with -inf for the mask token."""
         return exclude_token(logits, self.mask_id)
 
-    def head(self) -> nn.Linear | None:
+    def head(self, any_vocabulary: bool = False) -> nn.Linear | None:
         """The backbone's output layer, where it is worth running on the positions that count alone.
 
         That is with a large vocabulary: its logits would be most of a step's memory and time. A small one gains nothing
-        and keeps static shapes. Takes a backbone with ``hidden_states`` and a linear ``lm_head``.
+        and keeps static shapes. The backbone must be a ``TransformerBackbone`` that nobody has given another
+        ``forward``, hooks or a compiled call: only then are its logits known to be the head of its hidden states. A
+        module that overrides ``forward`` sets ``large_vocabulary`` to None.
         """
-        head = getattr(self.backbone, "lm_head", None)
-        usable = isinstance(head, nn.Linear) and hasattr(self.backbone, "hidden_states")
-        return head if usable and self.vocab_size >= LARGE_VOCABULARY else None
-
-    def large_vocabulary(self) -> bool:
-        """Whether the output layer is run on the positions that count alone."""
-        return self.head() is not None
+        backbone, head = self.backbone, getattr(self.backbone, "lm_head", None)
+        known = (
+            isinstance(backbone, TransformerBackbone)
+            and getattr(backbone.forward, "__func__", None) is TransformerBackbone.forward
+            and backbone._compiled_call_impl is None
+            and type(head) is nn.Linear
+            and head.weight.shape[0] == self.vocab_size
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in (backbone, head))
+        )
+        large = self.large_vocabulary is not None and self.vocab_size >= self.large_vocabulary
+        return head if known and (large or any_vocabulary) else None
 
     def predict_at(
         self,
@@ -120,8 +126,8 @@ class GenerativeModule(StreamedModule):
         for sampler in self.all_samplers():
             self.check_sampler(sampler)
         self.check_start(batch["prompt_mask"])
-        if self.head() is None:  # with it nothing can have another shape, and the logits may be too many to keep
-            self.check_logits(batch, self(batch["xt"]))
+        xt = self.few(batch["xt"])
+        self.check_logits(xt, self(xt))
 
     def all_samplers(self) -> list[AnySampler]:
         """The module's own and those of the callbacks, each once."""
@@ -142,13 +148,17 @@ class GenerativeModule(StreamedModule):
                 f"got a {type(sampler).__name__}"
             )
 
-    def check_logits(self, batch: Batch, logits: Tensor) -> None:
+    def few(self, rows: Tensor) -> Tensor:
+        """As many rows of a batch as logits can be kept of, for checks: one where the vocabulary is large."""
+        return rows if self.head() is None else rows[:1]
+
+    def check_logits(self, xt: Tensor, logits: Tensor) -> None:
         """Check what the backbone made of a batch.
 
         Raises:
             ValueError: If the logits have another shape.
         """
-        expected = (*batch["xt"].shape, self.vocab_size)
+        expected = (*xt.shape, self.vocab_size)
         if logits.shape != expected:
             raise ValueError(f"the backbone must return logits (B, L, V) = {expected}, got {tuple(logits.shape)}")
 

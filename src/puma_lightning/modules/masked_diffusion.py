@@ -107,17 +107,20 @@ class MaskedDiffusion(GenerativeModule):
             logits = self.denoise(xt, x0, block_size)
             rows = (cut_blocks(tensor, block_size) for tensor in (logits, x0, masked))
             return (masked_cross_entropy(*rows) * weights).sum(), logits.detach()
-        states = self.aligned_states(xt, x0, block_size).flatten(0, 1)
+        # Before anything is queued on the device: the host waits here to learn how many there are.
+        index = masked.flatten().nonzero().squeeze(1)
         number = cut_blocks(masked, block_size).sum(1)
         each = (weights / number.clamp_min(1)).repeat_interleave(block_size)
-        index = masked.flatten().nonzero().squeeze(1)
+        states = self.aligned_states(xt, x0, block_size).flatten(0, 1)
         loss, found = linear_cross_entropy(
             states[index], head.weight, x0.flatten()[index], each[index], head.bias, self.mask_id, reads
         )
         return loss, spread(found, index, xt.shape)
 
-    def predict_masked(self, xt: Tensor, masked: Tensor, *wanted: Any) -> Prediction:
-        """What a sampler needs of the masked positions, see ``predict_at``."""
+    def predict_masked(self, xt: Tensor, masked: Tensor, *wanted: Any) -> Prediction | None:
+        """What a sampler needs of the masked positions, see ``predict_at``; None where logits do."""
+        if self.head() is None:
+            return None
         return self.predict_at(self.aligned_states(xt, xt, xt.shape[1]), masked, *wanted)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -126,7 +129,9 @@ class MaskedDiffusion(GenerativeModule):
         block_size = self.block_size_of(batch)
         # Blocks with nothing masked have no loss and do not count.
         counted = cut_blocks(xt == self.mask_id, block_size).any(1)
-        loss, predictions = self.loss(xt, x0, block_size, counted / counted.sum(), self.forward_process.reads())
+        # In float32 whatever the default dtype, which a Trainer in half precision changes.
+        weights = counted.float() / counted.sum()
+        loss, predictions = self.loss(xt, x0, block_size, weights, self.forward_process.reads())
         self.check_finite(loss)
         self.stream.advance(predictions, self.global_step)
         self.log("train/loss", loss, prog_bar=True, batch_size=xt.shape[0])
@@ -142,11 +147,9 @@ class MaskedDiffusion(GenerativeModule):
         self.check_start(batch["prompt_mask"])
         parts: list[object] = [self.forward_process, *(getattr(s, "within", s) for s in samplers)]
         policies = [part.policy for part in parts if hasattr(part, "policy")]
-        if self.head() is not None and all(getattr(policy, "reads", None) is not None for policy in policies):
-            # Nothing here can have another shape, and logits of the whole batch may be too many to keep.
-            return
+        x0, xt = self.few(x0), self.few(xt)
         logits = self.denoise(xt, x0, block_size)
-        self.check_logits(batch, logits)
+        self.check_logits(xt, logits)
         logits, xt = cut_blocks(logits, block_size), cut_blocks(xt, block_size)
         for policy in policies:
             scores = policy(logits, xt)
@@ -169,7 +172,7 @@ class MaskedDiffusion(GenerativeModule):
         block_size = self.current_block_size() or x0.shape[1]
         rows, given = cut_blocks(x0, block_size), cut_blocks(batch["prompt_mask"], block_size)
         xt = stratified_masking(rows, given, self.mask_id, generator).view_as(x0)
-        answer_length = (~given).sum(1).view(len(x0), -1)
+        answer_length = (~given).sum(1).float().view(len(x0), -1)
         weights = answer_length / answer_length.sum(1, keepdim=True) / len(x0)
         return self.loss(xt, x0, block_size, weights.flatten())[0], len(x0)
 
