@@ -151,7 +151,8 @@ def test_weights_of_positions_are_exact_in_half_precision(large, monkeypatch):
 
 
 def test_half_precision_trains_too(monkeypatch):
-    small, large = (run(MODELS["confidence"], large, monkeypatch, precision="bf16-mixed") for large in (False, True))
+    """On random masks: the order of a policy depends on every rounding."""
+    small, large = (run(MODELS["baseline"], large, monkeypatch, precision="bf16-mixed") for large in (False, True))
     assert large[1].losses == pytest.approx(small[1].losses, rel=0.03)
 
 
