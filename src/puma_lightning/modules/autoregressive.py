@@ -13,7 +13,7 @@ from puma_lightning.models.transformer import KeyValueCache
 from puma_lightning.modules.generative import GenerativeModule
 from puma_lightning.optim import WarmupCosine
 from puma_lightning.output_layer import linear_cross_entropy
-from puma_lightning.sampling import AnySampler, LeftToRightSampler, Sample
+from puma_lightning.sampling import LeftToRightSampler, Sample
 from puma_lightning.unmasking import exclude_token
 
 
@@ -83,20 +83,9 @@ class AutoregressiveLM(GenerativeModule):
         loss, _ = linear_cross_entropy(states, head.weight, target, weights, head.bias, self.mask_id)
         return loss, trained
 
-    def sample(
-        self,
-        input_ids: Tensor,
-        prompt_mask: Tensor,
-        sampler: AnySampler | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Sample:
-        sampler = sampler or self.sampler
-        self.check_sampler(sampler)
-        assert isinstance(sampler, LeftToRightSampler)
-        xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
-        with self.in_eval_mode():
-            reader = _Reader(self.backbone, self.mask_id, xt.shape[1], self.head(any_vocabulary=True))
-            return sampler(reader, xt, self.mask_id, self.eos_id, generator)
+    def complete(self, xt: Tensor, sampler: LeftToRightSampler, generator: torch.Generator | None) -> Sample:
+        reader = _Reader(self.backbone, self.mask_id, xt.shape[1], self.head(any_vocabulary=True))
+        return sampler(reader, xt, self.mask_id, self.eos_id, generator)
 
 
 class _Reader:

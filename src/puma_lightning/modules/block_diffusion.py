@@ -143,22 +143,9 @@ class BlockDiffusion(MaskedDiffusion):
         super().on_load_checkpoint(checkpoint)
         self.trained_in = checkpoint["block_size"]
 
-    def sample(
-        self,
-        input_ids: Tensor,
-        prompt_mask: Tensor,
-        sampler: AnySampler | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Sample:
-        sampler = sampler or self.sampler
-        self.check_sampler(sampler)
-        self.check_start(prompt_mask)
-        assert isinstance(sampler, BlockSampler)
-        block_size = self.current_block_size()
-        xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
-        with self.in_eval_mode():
-            reader = CachedBlocks(self, max(xt.shape[1], sampler.length or 0))
-            return sampler(reader, xt, self.mask_id, block_size, self.eos_id, generator)
+    def complete(self, xt: Tensor, sampler: BlockSampler, generator: torch.Generator | None) -> Sample:  # type: ignore[override]
+        reader = CachedBlocks(self, max(xt.shape[1], sampler.length or 0))
+        return sampler(reader, xt, self.mask_id, self.current_block_size(), self.eos_id, generator)
 
 
 class CachedBlocks:

@@ -19,7 +19,7 @@ from puma_lightning.unmasking import Prediction, Statistic, exclude_token
 class GenerativeModule(StreamedModule):
     """A ``StreamedModule`` that is judged by its likelihood and by what it generates.
 
-    Subclasses define ``training_step``, ``evaluation_loss`` and ``sample``.
+    Subclasses define ``training_step``, ``evaluation_loss`` and ``complete``.
     """
 
     large_vocabulary: int | None = 4096  # tokens from which the output layer is run on positions that count alone
@@ -237,7 +237,7 @@ class GenerativeModule(StreamedModule):
         self,
         input_ids: Tensor,
         prompt_mask: Tensor,
-        sampler: Any = None,
+        sampler: AnySampler | None = None,
         generator: torch.Generator | None = None,
     ) -> Sample:
         """Complete sequences given their prompts.
@@ -252,8 +252,17 @@ class GenerativeModule(StreamedModule):
             The completed sequences.
 
         Raises:
-            ValueError: If the sampler is not one for this kind of model.
+            ValueError: If the sampler is not one for this kind of model, or a shifted model has no first position.
         """
+        sampler = sampler or self.sampler
+        self.check_sampler(sampler)
+        self.check_start(prompt_mask)
+        xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
+        with self.in_eval_mode():
+            return self.complete(xt, sampler, generator)
+
+    def complete(self, xt: Tensor, sampler: Any, generator: torch.Generator | None) -> Sample:
+        """Fill in the masked positions of xt, (B, L), with a sampler for this kind of model."""
         raise NotImplementedError
 
     def evaluation_generator(self, *keys: int) -> torch.Generator:

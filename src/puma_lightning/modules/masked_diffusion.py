@@ -180,17 +180,5 @@ class MaskedDiffusion(GenerativeModule):
         """The length of the blocks now; None for one block as long as the sequence."""
         return None
 
-    def sample(
-        self,
-        input_ids: Tensor,
-        prompt_mask: Tensor,
-        sampler: AnySampler | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Sample:
-        sampler = sampler or self.sampler
-        self.check_sampler(sampler)
-        self.check_start(prompt_mask)
-        assert isinstance(sampler, Sampler)
-        xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
-        with self.in_eval_mode():
-            return sampler(self, xt, self.mask_id, generator)
+    def complete(self, xt: Tensor, sampler: Sampler, generator: torch.Generator | None) -> Sample:
+        return sampler(self, xt, self.mask_id, generator)
