@@ -60,6 +60,9 @@ def settings(folder: Path) -> dict[str, object]:
         if name.endswith("_file") and value:
             data[name] = [Path(path).name for path in ([value] if isinstance(value, str) else value)]
     data.pop("cache_dir", None)
+    start = config["model"]["init_args"].get("init_from")
+    if start and Path(start).is_absolute():
+        config["model"]["init_args"]["init_from"] = Path(start).name
     keys = ("max_steps", "gradient_clip_val")
     trainer = {key: config["trainer"][key] for key in keys}
     return {"seed": config["seed_everything"], "model": config["model"], "data": data, "trainer": trainer}
