@@ -60,7 +60,7 @@ class Training:
             end = start + self.size
             read = torch.cat([self.x0[:, :start], self.xt[:, start:end]], dim=1)
             hidden = self.module.backbone.hidden_states(read)  # type: ignore[operator]
-            logits = self.module.predictions(hidden[:, start:])
+            logits = self.module.predictions(self.module.backbone.lm_head(hidden[:, start:]))  # type: ignore[operator]
             losses = masked_cross_entropy(logits, self.x0[:, start:end], read[:, start:] == self.module.mask_id)
             (losses.sum() / self.count).backward()
             found.append(losses.detach())
@@ -94,7 +94,8 @@ class ReadAgain:
     def __call__(self, xt: Tensor) -> Tensor:
         rows = xt if self.finished is None else torch.cat([self.finished, xt], dim=1)
         hidden = self.module.backbone.hidden_states(rows, block_size=xt.shape[1])  # type: ignore[operator]
-        return self.module.predictions(hidden[:, -xt.shape[1] :])
+        logits = self.module.backbone.lm_head(hidden[:, -xt.shape[1] :])  # type: ignore[operator]
+        return self.module.predictions(logits)
 
     def select(self, rows: Tensor) -> None:
         self.finished = None if self.finished is None else self.finished[rows]
