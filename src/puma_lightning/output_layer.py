@@ -22,8 +22,6 @@ CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
 # Rows of the buffer start at multiples of this: with an odd vocabulary a product into packed rows takes 1.5 times as
 # long on a CPU, and tensor cores want 16 bytes.
 ALIGNMENT = 16
-# A probability of 1 / vocabulary is no normal number in float16: factors of gradients are multiplied by this.
-HALF_SCALE = 64.0
 
 
 def linear_cross_entropy(
@@ -172,12 +170,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradient = head.narrow(buffer)
                 if grad_hidden is not None:
                     _multiply(gradient, head.backward_weight, out=grad_hidden[rows])
-                    grad_hidden[rows] *= weights / head.scale
+                    grad_hidden[rows] *= weights
                 if grad_weight is not None:
-                    weighted = (hidden[rows] * (weights * head.scale)).to(gradient.dtype)
+                    weighted = (hidden[rows] * weights).to(gradient.dtype)
                     _add_product(grad_weight, gradient.t(), weighted)
-        if grad_weight is not None and head.scale != 1:
-            grad_weight /= head.scale**2
         assert found.nll is not None
         loss = (position_weights * found.nll).sum()
         outputs = (found.nll, found.token, found.log_prob, found.margin, found.entropy)
@@ -205,10 +201,8 @@ class _Head:
         if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        # Without a float32 result, as CUDA has it, sums of float16 gradients would overflow.
-        exact_backward = dtype == torch.float16 and not hidden.is_cuda
-        self.backward_dtype = self.exact if exact_backward else dtype
-        self.scale = HALF_SCALE if self.backward_dtype == torch.float16 else 1.0
+        # In float16 small factors of gradients would be 0 and large sums infinite; a scaler on the loss comes too late.
+        self.backward_dtype = self.exact if dtype == torch.float16 else dtype
         self.hidden, self.weight, self.backward_weight = hidden, weight, weight.to(self.backward_dtype)
         self.bias = bias
         self.mask_id = mask_id
@@ -245,7 +239,7 @@ class _Head:
             if self.narrowed is None:
                 self.narrowed = self._buffer(self.backward_dtype)
             narrowed = self.narrowed[: len(gradient)]
-            gradient = narrowed.copy_(gradient) if self.scale == 1 else torch.mul(gradient, self.scale, out=narrowed)
+            gradient = narrowed.copy_(gradient)
         return gradient[:, : self.vocab_size]
 
     def empty(self, statistics: Collection[Statistic], nll: bool) -> Prediction:
@@ -305,8 +299,6 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a @ b``, of half-precision factors too with a float32 result."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch.mm(a, b))
 
@@ -315,8 +307,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, of half-precision factors too with a float32 sum."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
-        total += torch.mm(a, b, out_dtype=total.dtype)
     else:
         total += torch.mm(a, b)
 
