@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from puma_lightning.output_layer import ALIGNMENT, CHUNK_BYTES, linear_cross_entropy, predict, rows_per_chunk
+from puma_lightning.output_layer import (
+    ALIGNMENT,
+    CHUNK_BYTES,
+    _softmax_in_place,
+    linear_cross_entropy,
+    predict,
+    rows_per_chunk,
+)
 from puma_lightning.unmasking import Confidence, Entropy, Margin, exclude_token
 
 STATISTICS = ("token", "log_prob", "margin", "entropy")
@@ -395,3 +402,13 @@ def test_mistakes_are_named():
         linear_cross_entropy(hidden, weight, target, weights, bias=problem.bias[:4])
     with pytest.raises(ValueError, match="got confidence"):
         predict(hidden, weight, statistics=["confidence"])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_softmax_may_overwrite_its_logits(fused):
+    logits = 9 * torch.randn(7, 5003, generator=torch.Generator().manual_seed(0))
+    logits[:, MASK] = float("-inf")
+    expected = logits.softmax(-1)
+    _softmax_in_place(logits, logits.amax(-1), fused)
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    assert (logits[:, MASK] == 0).all()

@@ -253,8 +253,7 @@ def _summarise(buffer: Tensor, target: Tensor | None, found: Prediction, rows: s
     """Write what is wanted of a chunk to its rows; the logits in the buffer ``(n, V)`` become their softmax."""
     top, token = buffer.max(-1)
     at_target = None if target is None else buffer.gather(1, target[:, None])[:, 0]
-    # In place: a row is read whole before any of it is written, and then element by element.
-    torch.softmax(buffer, -1, out=buffer)
+    _softmax_in_place(buffer, top, fused=not buffer.is_cuda)
     # top - logsumexp, without another pass; exact where it is close to 0.
     top_probability = buffer.gather(1, token[:, None])
     log_prob = top_probability[:, 0].log()
@@ -272,6 +271,16 @@ def _summarise(buffer: Tensor, target: Tensor | None, found: Prediction, rows: s
         buffer.scatter_(1, token[:, None], 0.0)
         found.margin[rows] = top_probability[:, 0] - buffer.amax(-1)
         buffer.scatter_(1, token[:, None], top_probability)
+
+
+def _softmax_in_place(buffer: Tensor, top: Tensor, fused: bool) -> None:
+    """Logits ``(n, V)`` become probabilities, given their maxima ``(n,)``."""
+    if fused:
+        # On a CPU a row is read whole before any of it is written, and then element by element.
+        torch.softmax(buffer, -1, out=buffer)
+    else:
+        buffer.sub_(top[:, None]).exp_()
+        buffer.div_(buffer.sum(-1, keepdim=True))
 
 
 def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
