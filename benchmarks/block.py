@@ -1,6 +1,7 @@
 """Block diffusion: one pass for all blocks, and the cache of finished ones. See benchmarks/README.md."""
 
 import argparse
+import copy
 import random
 import resource
 import statistics
@@ -97,8 +98,10 @@ class ReadAgain:
         logits = self.module.backbone.lm_head(hidden[:, -xt.shape[1] :])  # type: ignore[operator]
         return self.module.predictions(logits)
 
-    def select(self, rows: Tensor) -> None:
-        self.finished = None if self.finished is None else self.finished[rows]
+    def select(self, rows: Tensor) -> Any:
+        chosen = copy.copy(self)
+        chosen.finished = None if self.finished is None else self.finished[rows]
+        return chosen
 
 
 def build(args: argparse.Namespace, block_size: int) -> BlockDiffusion:

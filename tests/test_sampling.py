@@ -1,5 +1,7 @@
 """The student's chain, and that it is the teacher's chain with other tokens."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,6 +96,70 @@ def test_a_sample_is_determined_by_its_generator(seed, batch, length, sampler):
     a, b = (sampler(Model(seed, length, float("-inf")), xt, MASK, gen(seed)) for _ in "ab")
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.reveal_step, b.reveal_step)
     assert torch.equal(before, torch.get_rng_state())
+
+
+# --- who is in the batch ---
+
+
+class Remembering(Model):
+    """Knows which rows it is asked about, and that there are masked positions in each of them."""
+
+    def __init__(self, seed: int, xt: Tensor, static: bool = False) -> None:
+        super().__init__(seed, xt.shape[1], float("-inf"))
+        self.given, self.asked, self.static_shapes = xt, [], static
+
+    def __call__(self, xt: Tensor) -> Tensor:
+        known = self.given != MASK
+        assert torch.equal(xt[known], self.given[known])
+        self.asked.append((xt == MASK).any(1).tolist())
+        return super().__call__(xt)
+
+    def select(self, rows: Tensor) -> "Remembering":
+        chosen = copy.copy(self)
+        chosen.given = self.given[rows]
+        return chosen
+
+
+@few
+@boards
+def test_a_finished_row_is_not_asked_about_again(seed, batch, length, sampler):
+    """Every pass is over the rows that still have something masked, and each pass of a row is one of its NFE."""
+    xt = board(seed, batch, length)
+    model = Remembering(seed, xt)
+    sample = sampler(model, xt, MASK, gen(seed))
+    assert all(all(rows) and rows for rows in model.asked)
+    assert sum(map(len, model.asked)) == sample.nfe.sum()
+
+
+@few
+@boards
+def test_a_model_of_static_shapes_is_always_asked_about_all_rows(seed, batch, length, sampler):
+    """And counts the passes of a row as the other does."""
+    xt = board(seed, batch, length)
+    model = Remembering(seed, xt, static=True)
+    sample = sampler(model, xt, MASK, gen(seed))
+    assert all(len(rows) == batch for rows in model.asked)
+    assert torch.equal(torch.tensor(model.asked, dtype=torch.long).reshape(-1, batch).sum(0), sample.nfe)
+
+
+@few
+@given(
+    seed=seeds,
+    batch=st.integers(1, 4),
+    length=st.integers(1, 8),
+    policy=st.sampled_from([Confidence(), Margin(), Entropy(), LeftToRight()]),
+    threshold=st.one_of(st.none(), st.floats(0.1, 1.0)),
+)
+def test_a_row_does_not_depend_on_the_others(seed, batch, length, policy, threshold):
+    """Whoever else is in the batch, and whether finished rows leave it."""
+    xt = board(seed, batch, length)
+    sampler = Sampler(policy, threshold=threshold)
+    whole = sampler(Remembering(seed, xt, static=True), xt, MASK)
+    leaving = sampler(Remembering(seed, xt), xt, MASK)
+    alone = [sampler(Remembering(seed, row[None]), row[None], MASK) for row in xt]
+    for name in ("tokens", "reveal_step", "nfe"):
+        assert torch.equal(getattr(whole, name), getattr(leaving, name))
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(sample, name) for sample in alone]))
 
 
 # --- the pace ---
@@ -215,6 +281,7 @@ def knows(x0: Tensor, seed: int):
         best = spread + 0.1 + logits.gather(-1, x0[..., None]).abs()
         return logits.scatter(-1, x0[..., None], best)
 
+    model.static_shapes = True  # it goes by the number of the row, and so do the random numbers of the teacher
     return model
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -119,8 +119,12 @@ class Sampler:
     ) -> Sample:
         """Complete a batch.
 
+        Rows leave the batch as they are finished, unless the model says by an attribute ``static_shapes`` that a
+        batch of another size costs it more.
+
         Args:
-            model: xt (B, L) to logits aligned with positions (B, L, V).
+            model: xt (B, L) to logits aligned with positions (B, L, V). One that remembers rows has ``select``, as
+                ``Reader`` describes it, and is told which go on.
             xt: Sequences with the mask token at the positions to fill, (B, L) int64.
             mask_id: The mask token; it is never drawn.
             generator: Source of all randomness, on the device of ``xt``.
@@ -128,22 +132,32 @@ class Sampler:
         Returns:
             The completed sequences.
         """
+        tokens = xt.clone()
         reveal_step = torch.where(xt == mask_id, 0, -1)
-        nfe = torch.zeros(xt.shape[0], dtype=torch.long, device=xt.device)
+        nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
+        rows = torch.arange(len(xt), device=xt.device)
+        static = getattr(model, "static_shapes", False)
         step = 0
-        while (masked := xt == mask_id).any():
-            tokens, scores, confident = self._predict(model, xt, masked, mask_id, generator)
+        while number := int((going := (tokens[rows] == mask_id).any(1)).sum()):
+            if number < len(rows) and not static:
+                kept = going.nonzero().squeeze(1)
+                rows = rows[kept]
+                model = model.select(kept) if isinstance(model, _Selectable) else model
+            xt = tokens[rows]
+            masked = xt == mask_id
+            predicted, scores, confident = self._predict(model, xt, masked, mask_id, generator)
             remaining = masked.sum(1)
-            nfe += remaining > 0
             if self.num_steps:
                 steps_left = max(1, self.num_steps - step)
                 count = (remaining + steps_left - 1) // steps_left
             else:
                 count = torch.full_like(remaining, self.tokens_per_step)
-            xt = reveal(xt, tokens, scores, count, mask_id, also=confident, generator=generator)
-            reveal_step = torch.where(masked & (xt != mask_id), step, reveal_step)
+            xt = reveal(xt, predicted, scores, count, mask_id, also=confident, generator=generator)
+            tokens[rows] = xt
+            reveal_step[rows] = torch.where(masked & (xt != mask_id), step, reveal_step[rows])
+            nfe[rows] += remaining > 0
             step += 1
-        return Sample(xt, reveal_step, nfe)
+        return Sample(tokens, reveal_step, nfe)
 
     def _predict(
         self,
@@ -184,14 +198,19 @@ class MaskedPredictor(Protocol):
         """Statistics and a drawn token of every masked position, (B, L) each; None where logits do as well."""
 
 
-class Reader(Protocol):
+@runtime_checkable
+class _Selectable(Protocol):
+    """A model that remembers something of every row of its batch."""
+
+    def select(self, rows: Tensor) -> Any:
+        """The same model for these rows (n,) of the batch alone; this one stays as it is."""
+
+
+class Reader(_Selectable, Protocol):
     """An autoregressive model that reads a batch piece by piece and remembers what it has read."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The next tokens of every row, (B, n), to logits of the one after them, (B, V)."""
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows (n,) of the batch alone."""
 
 
 class LeftToRightSampler:
@@ -264,13 +283,13 @@ class LeftToRightSampler:
                 rows = rows[going]
                 if not len(rows):
                     break
-                model.select(going.nonzero().squeeze(1))
+                model = model.select(going.nonzero().squeeze(1))
             read = tokens[rows, position, None]
             position += 1
         return Sample(tokens, reveal_step, nfe)
 
 
-class BlockReader(Protocol):
+class BlockReader(_Selectable, Protocol):
     """A block diffusion model that remembers the finished blocks it has read."""
 
     def read(self, tokens: Tensor, block_size: int) -> None:
@@ -278,9 +297,6 @@ class BlockReader(Protocol):
 
     def __call__(self, xt: Tensor) -> Tensor:
         """The block after them, (B, S) with masked positions, to its logits, (B, S, V)."""
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows (n,) of the batch alone."""
 
 
 class BlockSampler:
@@ -367,7 +383,7 @@ class BlockSampler:
                 rows = rows[going]
                 if not len(rows):
                     break
-                model.select(going.nonzero().squeeze(1))
+                model = model.select(going.nonzero().squeeze(1))
             model.read(tokens[rows, here], block_size)
             nfe[rows] += first[rows] <= block
         return Sample(tokens, reveal_step, nfe)

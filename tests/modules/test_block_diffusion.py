@@ -1,5 +1,6 @@
 """Block diffusion: blocks see what they may, are the family's other models at both ends, and are cached exactly."""
 
+import copy
 import itertools
 from functools import partial
 
@@ -221,15 +222,20 @@ class Uncached:
         self.logits.append(out)
         return out
 
-    def select(self, rows: Tensor) -> None:
-        self.tokens = None if self.tokens is None else self.tokens[rows]
+    def select(self, rows: Tensor) -> "Uncached":
+        chosen = copy.copy(self)
+        chosen.tokens = None if self.tokens is None else self.tokens[rows]
+        return chosen
 
 
 class Recorded(CachedBlocks):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.logits = []
+
     def __call__(self, xt):
-        out = super().__call__(xt)
-        self.logits = [*getattr(self, "logits", []), out]
-        return out
+        self.logits.append(super().__call__(xt))
+        return self.logits[-1]
 
 
 @shifts
@@ -247,7 +253,7 @@ def test_cached_sampling_is_uncached_sampling(shifted, options, seed, size, toke
     samples, logits = [], []
     for reader in (Recorded(model, 24), Uncached(model, length or LENGTH)):
         samples.append(sampler(reader, xt, MASK, size, EOS, torch.Generator().manual_seed(seed)))
-        logits.append(getattr(reader, "logits", []))
+        logits.append(reader.logits)
     for a, b in zip(*logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
     assert all(torch.equal(getattr(samples[0], name), getattr(samples[1], name)) for name in Sample.__annotations__)
@@ -288,8 +294,10 @@ class Scripted:
                 logits[i, place, EOS if end else 5] = 9
         return logits
 
-    def select(self, rows: Tensor) -> None:
-        self.rows = self.rows[rows]
+    def select(self, rows: Tensor) -> "Scripted":
+        chosen = copy.copy(self)
+        chosen.rows = self.rows[rows]
+        return chosen
 
 
 def test_a_row_that_wrote_eos_is_finished_and_costs_nothing_more():
@@ -307,8 +315,8 @@ def test_a_row_that_wrote_eos_is_finished_and_costs_nothing_more():
     expected[3, 11] = EOS
     assert torch.equal(sample.tokens, expected)
     assert reader.predicted == [
-        (0, [0, 1, 2, 3]), (0, [0, 1, 2, 3]), (3, [1, 2, 3]), (3, [1, 2, 3]), (3, [1, 2, 3]),
-        (6, [1, 2, 3]), (6, [1, 2, 3]), (6, [1, 2, 3]), (9, [2, 3]), (9, [2, 3]), (9, [2, 3]),
+        (0, [0, 3]), (0, [0]), (3, [1, 3]), (3, [1, 3]), (3, [3]),
+        (6, [1, 2, 3]), (6, [1, 3]), (6, [1, 3]), (9, [2, 3]), (9, [2, 3]), (9, [2, 3]),
     ]  # fmt: skip
     assert reader.read_to == [(3, [1, 2, 3]), (6, [1, 2, 3]), (9, [2, 3])]
     # 2 + 0; prompt, 2, read, 3; prompt, 1, read, 3; 1, read, 3, read, 3, read, 3
@@ -385,8 +393,10 @@ class ToyReader:
         self.seen[key] = [tuple(row) for row in torch.cat([self.before, xt], 1).tolist()]
         return self.toy.logits(self.before, xt)
 
-    def select(self, rows: Tensor) -> None:
-        self.before = self.before[rows]
+    def select(self, rows: Tensor) -> "ToyReader":
+        chosen = copy.copy(self)
+        chosen.before = self.before[rows]
+        return chosen
 
 
 def test_the_boards_of_the_teacher_are_those_of_the_student():

@@ -89,9 +89,12 @@ class KeyValueCache:
         keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows ``(n,)`` of the batch only."""
-        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+    def select(self, rows: Tensor) -> KeyValueCache:
+        """A cache of these rows ``(n,)`` of the batch alone."""
+        cache = KeyValueCache(self.capacity)
+        cache.length = self.length
+        cache.layers = [(k[rows], v[rows]) for k, v in self.layers]
+        return cache
 
 
 class Attention(nn.Module):

@@ -1,5 +1,6 @@
 """Autoregressive language models: the baseline from the left, and where diffusion models can start from."""
 
+import copy
 import inspect
 
 import torch
@@ -110,8 +111,8 @@ class _Reader:
             logits = self.backbone(self.seen)
         return exclude_token(logits[:, -1], self.mask_id)
 
-    def select(self, rows: Tensor) -> None:
-        if self.cache is not None:
-            self.cache.select(rows)
-        elif self.seen is not None:
-            self.seen = self.seen[rows]
+    def select(self, rows: Tensor) -> "_Reader":
+        chosen = copy.copy(self)
+        chosen.cache = None if self.cache is None else self.cache.select(rows)
+        chosen.seen = None if self.seen is None else self.seen[rows]
+        return chosen

@@ -1,5 +1,6 @@
 """Block diffusion: blocks from left to right, the positions of a block in any order."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -184,10 +185,12 @@ class CachedBlocks:
         self.cache.length = start
         return self.model.align(hidden, self.before)
 
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows (n,) of the batch alone."""
-        self.cache.select(rows)
-        self.before = None if self.before is None else self.before[rows]
+    def select(self, rows: Tensor) -> "CachedBlocks":
+        """The same for these rows (n,) of the batch alone."""
+        chosen = copy.copy(self)
+        chosen.cache = self.cache.select(rows)
+        chosen.before = None if self.before is None else self.before[rows]
+        return chosen
 
 
 def _check_backbone(backbone: nn.Module) -> None:

@@ -67,6 +67,11 @@ class GenerativeModule(StreamedModule):
         large = self.large_vocabulary is not None and self.vocab_size >= self.large_vocabulary
         return head if known and (large or any_vocabulary) else None
 
+    @property
+    def static_shapes(self) -> bool:
+        """Whether parts of the backbone are compiled, so that a batch of another size may be compiled for anew."""
+        return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.backbone.modules())
+
     def predict_at(
         self,
         states: Tensor,
