@@ -223,6 +223,23 @@ def test_the_batch_has_clean_and_masked_sequences():
         assert torch.equal(batch["xt"][~masked], batch["input_ids"][~masked])
 
 
+@pytest.mark.parametrize("process", [RandomMasking(), ProgressiveUnmasking([[0, 2], [3, 4]], threshold=0.6)], ids=repr)
+@pytest.mark.parametrize("block_size", [None, 2, [[0, 2], [4, 6]]], ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_number_of_masked_positions_is_that_of_the_batch(process, block_size, groups):
+    """At every step, after a look ahead, and after a restore."""
+    stream = stream_of(process, groups=groups, block_size=block_size)
+    for step in range(25):
+        stream.peek()
+        if step == 11:
+            other = stream_of(process, groups=groups, block_size=block_size)
+            other.restore(saved_and_loaded(stream.snapshot()))
+            stream = other
+        batch = next(iter(stream))
+        assert stream.num_masked == (batch["xt"] == MASK).sum()
+        stream.advance(predictions(batch["input_ids"], step), step // groups)
+
+
 def test_a_stream_does_not_touch_the_global_generators():
     """Its randomness is a function of (seed, rank, step)."""
     before = torch.get_rng_state(), random.getstate()

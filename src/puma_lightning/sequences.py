@@ -147,7 +147,6 @@ class CleanSequences:
             "batch_size": self.batch_size,
             "num_workers": old.num_workers,
             "collate_fn": old.collate_fn,
-            "pin_memory": old.pin_memory,
             "timeout": old.timeout,
             "worker_init_fn": old.worker_init_fn,
             "multiprocessing_context": old.multiprocessing_context,

@@ -5,7 +5,7 @@ steps, so that epochs, limits, accumulation and progress bars count steps. It yi
 training step calls ``advance`` after its forward pass; the next step's batch has the retired slots refilled.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,9 @@ class Stream:
 
     Randomness is a function of (seed, rank, step), so it needs no saved generator state, and a resumed run
     draws what the uninterrupted one would have drawn.
+
+    Fresh sequences are masked on the CPU. What the host must know of the chains on the device it learns from a copy
+    that is under way since ``advance``, so that a GPU has a backward pass to work on while the host waits.
 
     Args:
         sequences: The supply of clean sequences.
@@ -64,12 +67,15 @@ class Stream:
         self.device = device or torch.device("cpu")
         self.block_size = block_size
         self.groups: list[Slots | None] = [None] * num_groups
+        self._on_host: list[Callable[[], Tensor] | None] = [None] * num_groups  # what ``_for_host`` says of each
         self.step = 0  # batches yielded in the life of this stream
         self._in_flight: Slots | None = None
-        self._generator = torch.Generator(self.device)
+        self._generators = {"start": torch.Generator(), "advance": torch.Generator(self.device)}
 
-    def _seeded(self, step: int, purpose: int) -> torch.Generator:
-        return self._generator.manual_seed(derived_seed(self.seed, self.sequences.rank, step, purpose))
+    def _seeded(self, step: int, purpose: str) -> torch.Generator:
+        number = list(self._generators).index(purpose)
+        seed = derived_seed(self.seed, self.sequences.rank, step, number)
+        return self._generators[purpose].manual_seed(seed)
 
     def __len__(self) -> int:
         return self.num_steps
@@ -91,6 +97,13 @@ class Stream:
         shown = {"input_ids": chains.x0, "prompt_mask": chains.prompt_mask, "xt": chains.xt, "stage": chains.stage}
         return {name: tensor.view(self.num_slots, -1) for name, tensor in shown.items()}
 
+    @property
+    def num_masked(self) -> int:
+        """Masked positions of the batch yielded last, all rows together; known without waiting for the device."""
+        on_host = self._on_host[(self.step - 1) % len(self.groups)]
+        assert on_host is not None, "num_masked before the first batch"
+        return int(on_host()[1].sum())
+
     def advance(self, predictions: Tensor | Prediction, step: int) -> None:
         """Move the chains of the batch yielded last.
 
@@ -106,11 +119,17 @@ class Stream:
             chains = self._cut_anew(chains, self.block_size.at(step))
             cut = partial(cut_blocks, block_size=self.block_size.at(step))
             predictions = cut(predictions) if isinstance(predictions, Tensor) else predictions.map(cut)
-        generator = self._seeded(self.step - 1, purpose=1)
+        generator = self._seeded(self.step - 1, "advance")
         moved = self.process.advance(chains, predictions, step, self.mask_id, generator)
         done = moved.done | chains.done
         # The chains of a slot end one by one; one that is over has nothing left to be trained on.
-        self.groups[group] = replace(moved, done=done, xt=torch.where(done[:, None], moved.x0, moved.xt))
+        chains = replace(moved, done=done, xt=torch.where(done[:, None], moved.x0, moved.xt))
+        self.groups[group] = chains
+        self._on_host[group] = copy_to_host(self._for_host(chains))
+
+    def _for_host(self, chains: Slots) -> Tensor:
+        """Of every chain whether it is done, and how many positions are masked, (2, number of chains) int64."""
+        return torch.stack([chains.done.long(), (chains.xt == self.mask_id).sum(1)])
 
     def _cut_anew(self, chains: Slots, block_size: int) -> Slots:
         """The same boards in blocks of another size, each at the stage that its revealed positions belong to."""
@@ -126,17 +145,32 @@ class Stream:
 
     def _refilled(self, group: int) -> Slots:
         """The chains of a group, with fresh sequences in the slots where all are done."""
-        chains = self.groups[group]
-        if chains is None:
-            chains = self._first_fill(group)
-        elif len(slots := chains.done.view(self.num_slots, -1).all(1).nonzero().squeeze(1)):
+        chains, on_host = self.groups[group], self._on_host[group]
+        if chains is None or on_host is None:
+            fresh = self._first_fill(group)
+            known = self._for_host(fresh)
+            chains = Slots(
+                **{name: self._upload(t) for name, t in fresh.tensors().items()}, num_stages=fresh.num_stages
+            )
+        else:
+            known = on_host()
+            slots = known[0].bool().view(self.num_slots, -1).all(1).nonzero().squeeze(1)
+            if not len(slots):
+                return chains
             stage = torch.zeros(len(slots), dtype=torch.long)
-            old, new = chains.tensors(), self._fresh(stage, chains.num_stages, chains.x0.shape[1]).tensors()
+            fresh = self._fresh(stage, chains.num_stages, chains.x0.shape[1])
             blocks = len(chains.x0) // self.num_slots
-            rows = (slots[:, None] * blocks + torch.arange(blocks, device=slots.device)).flatten()
+            rows = (slots[:, None] * blocks + torch.arange(blocks)).flatten()
+            known = known.index_copy(1, rows, self._for_host(fresh))
+            rows, old = self._upload(rows), chains.tensors()
+            new = {name: self._upload(tensor) for name, tensor in fresh.tensors().items()}
             chains = replace(chains, **{name: old[name].index_copy(0, rows, new[name]) for name in old})
-        self.groups[group] = chains
+        self.groups[group], self._on_host[group] = chains, lambda: known
         return chains
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        """A CPU tensor on the device; from pinned memory the copy overlaps with what the device is doing."""
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
     def _first_fill(self, group: int) -> Slots:
         """Staggered start: stages spread evenly, over all groups together, so each batch holds all stages."""
@@ -146,18 +180,17 @@ class Stream:
         return self._fresh(stage, num_stages, None if self.block_size is None else self.block_size.at(0))
 
     def _fresh(self, stage: Tensor, num_stages: int, block_size: int | None) -> Slots:
-        """Chains of the next sequences, one sequence for each of the given stages."""
+        """Chains of the next sequences on the CPU, one sequence for each of the given stages."""
         clean = self.sequences.take(len(stage))
         length = clean["input_ids"].shape[1]
         for coming in self.block_size.values if self.block_size is not None else ():
             check_block_size(coming, length)
         size = block_size or length
-        x0 = cut_blocks(clean["input_ids"].to(self.device, non_blocking=True), size)
-        prompt_mask = cut_blocks(clean["prompt_mask"].to(self.device, non_blocking=True), size)
+        x0, prompt_mask = cut_blocks(clean["input_ids"], size), cut_blocks(clean["prompt_mask"], size)
         # A chain that is shorter than K has fewer stages.
-        stage = stage.repeat_interleave(length // size).to(self.device)
+        stage = stage.repeat_interleave(length // size)
         stage = stage * self.process.chain_stages(num_stages, (~prompt_mask).sum(1)) // num_stages
-        generator = self._seeded(self.step, purpose=0)
+        generator = self._seeded(self.step, "start")
         xt = self.process.start(x0, prompt_mask, stage, num_stages, self.mask_id, generator)
         return Slots(x0, prompt_mask, xt, stage, prompt_mask.all(1), num_stages)
 
@@ -204,4 +237,28 @@ class Stream:
         self.seed = snapshot["seed"]
         self.step = snapshot["step"]
         self.groups = [slots and slots.to(self.device) for slots in groups]
+        self._on_host = [None if slots is None else copy_to_host(self._for_host(slots)) for slots in groups]
         self.sequences.seek(self.seed, snapshot["position"])
+
+
+def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start copying a tensor to the CPU.
+
+    Args:
+        tensor: On any device.
+
+    Returns:
+        What returns the copy. On a GPU it waits for the copy, and so for what the GPU had been given before it, but not
+        for anything it was given since.
+    """
+    copy = tensor.to("cpu", non_blocking=tensor.is_cuda)  # pinned where it does not block
+    if not tensor.is_cuda:
+        return lambda: copy
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait

@@ -96,7 +96,7 @@ class GenerativeModule(StreamedModule):
         """
         head = self.head()
         assert head is not None
-        index = masked.flatten().nonzero().squeeze(1)
+        index = true_positions(masked)
         found = predict(
             states.flatten(0, 1)[index],
             head.weight,
@@ -274,6 +274,16 @@ class GenerativeModule(StreamedModule):
         """A generator that leaves those of training alone: the same numbers every time for the same keys."""
         seed = derived_seed(self._sampling_seed, self.global_rank, *keys)
         return torch.Generator(self.device).manual_seed(seed)
+
+
+def true_positions(mask: Tensor, number: int | None = None) -> Tensor:
+    """Where a mask, (B, L) bool, is true, in the flattened mask and in order, (``number``,) int64.
+
+    Without the number the host would wait for the device to learn it.
+    """
+    if number is None:
+        return mask.flatten().nonzero().squeeze(1)
+    return mask.flatten().argsort(descending=True, stable=True)[:number]
 
 
 def spread(found: Prediction, index: Tensor, shape: torch.Size) -> Prediction:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from puma_lightning.data.base import Batch
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, stratified_masking
 from puma_lightning.losses import masked_cross_entropy
-from puma_lightning.modules.generative import GenerativeModule, spread
+from puma_lightning.modules.generative import GenerativeModule, spread, true_positions
 from puma_lightning.optim import WarmupCosine
 from puma_lightning.output_layer import linear_cross_entropy
 from puma_lightning.sampling import AnySampler, Sample, Sampler
@@ -88,6 +88,7 @@ class MaskedDiffusion(GenerativeModule):
         block_size: int,
         weights: Tensor,
         reads: Collection[Statistic] | None = (),
+        num_masked: int | None = None,
     ) -> tuple[Tensor, Tensor | Prediction]:
         """The weighted sum of the losses of all blocks, and what the model predicts.
 
@@ -97,6 +98,7 @@ class MaskedDiffusion(GenerativeModule):
             block_size: L, or the length of the blocks of a block model.
             weights: What each block counts for, (B * L / block size,) float.
             reads: The statistics wanted of the predictions; None for logits.
+            num_masked: Masked positions of all sequences together; without it the host may wait for the device.
 
         Returns:
             The loss, () float32, and the predictions without gradient: logits (B, L, V) or statistics, (B, L) each.
@@ -107,8 +109,7 @@ class MaskedDiffusion(GenerativeModule):
             logits = self.denoise(xt, x0, block_size)
             rows = (cut_blocks(tensor, block_size) for tensor in (logits, x0, masked))
             return (masked_cross_entropy(*rows) * weights).sum(), logits.detach()
-        # Before anything is queued on the device: the host waits here to learn how many there are.
-        index = masked.flatten().nonzero().squeeze(1)
+        index = true_positions(masked, num_masked)
         number = cut_blocks(masked, block_size).sum(1)
         each = (weights / number.clamp_min(1)).repeat_interleave(block_size)
         states = self.aligned_states(xt, x0, block_size).flatten(0, 1)
@@ -131,7 +132,8 @@ class MaskedDiffusion(GenerativeModule):
         counted = cut_blocks(xt == self.mask_id, block_size).any(1)
         # In float32 whatever the default dtype, which a Trainer in half precision changes.
         weights = counted.float() / counted.sum()
-        loss, predictions = self.loss(xt, x0, block_size, weights, self.forward_process.reads())
+        reads, num_masked = self.forward_process.reads(), self.stream.num_masked
+        loss, predictions = self.loss(xt, x0, block_size, weights, reads, num_masked)
         self.check_finite(loss)
         self.stream.advance(predictions, self.global_step)
         self.log("train/loss", loss, prog_bar=True, batch_size=xt.shape[0])

@@ -1,0 +1,106 @@
+"""The host never waits for the device to learn what it is to do next: a training step queues all its work at once."""
+
+from contextlib import nullcontext
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from puma_lightning import (
+    BlockDiffusion,
+    Confidence,
+    Entropy,
+    LeftToRight,
+    Margin,
+    MaskedDiffusion,
+    ProgressiveUnmasking,
+    RandomMasking,
+    RandomOrder,
+    TransformerBackbone,
+)
+from puma_lightning.forward_process import Slots
+from puma_lightning.modules.generative import true_positions
+from puma_lightning.output_layer import _Head
+from puma_lightning.unmasking import cut_blocks
+
+V, MASK, LENGTH, B = 23, 11, 12, 4
+
+PROCESSES = {
+    "random": RandomMasking(),
+    **{repr(policy): ProgressiveUnmasking(3, policy) for policy in (RandomOrder(), LeftToRight(), Margin(), Entropy())},
+    "threshold": ProgressiveUnmasking(3, Confidence(), threshold=0.5),
+    "schedule": ProgressiveUnmasking([[0, 3], [1, 4]], threshold=0.5),
+    "function": ProgressiveUnmasking(3, lambda logits, xt: logits.amax(-1)),
+}
+MODELS = {"whole": MaskedDiffusion, "blocks": partial(BlockDiffusion, block_size=3)}
+
+
+def module(model, process, large, shifted, **options):
+    backbone = TransformerBackbone(V, 16, 24, num_layers=2, num_heads=2, max_length=LENGTH, **options)
+    made = MODELS[model](backbone, MASK, forward_process=process, scheduler=None, shifted=shifted)
+    made.large_vocabulary = 1 if large else None
+    return made
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["logits", "statistics"])
+@pytest.mark.parametrize("shifted", [False, True], ids=["aligned", "shifted"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_no_value_of_the_device_is_looked_at_by_loss_or_chain(monkeypatch, process, model, shifted, large):
+    """On the meta device, where tensors have no values, a look at one is an error."""
+    # The meta device has no autocast.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(_Head, "no_autocast", lambda head: nullcontext())
+    process = PROCESSES[process]
+    step = module(model, process, large, shifted).to("meta")
+    size = 3 if model == "blocks" else LENGTH
+    x0 = torch.zeros(B, LENGTH, dtype=torch.long, device="meta")
+    weights = torch.zeros(B * LENGTH // size, device="meta")
+    reads = process.reads()
+    loss, predictions = step.loss(x0, x0, size, weights, reads, num_masked=17)
+    loss.backward()
+    cut = partial(cut_blocks, block_size=size)
+    predictions = cut(predictions) if isinstance(predictions, torch.Tensor) else predictions.map(cut)
+    rows, none = cut(x0), torch.zeros(len(weights), dtype=torch.bool, device="meta")
+    slots = Slots(rows, rows.bool(), rows, torch.zeros(len(weights), dtype=torch.long, device="meta"), none, 3)
+    for optimizer_step in (0, 1):
+        assert process.advance(slots, predictions, optimizer_step, MASK).xt.shape == rows.shape
+
+
+def test_the_positions_found_by_their_number_are_those_found_without():
+    mask = torch.rand(7, 13, generator=torch.Generator().manual_seed(0)) < 0.4
+    assert torch.equal(true_positions(mask, int(mask.sum())), true_positions(mask))
+    assert len(true_positions(torch.zeros(2, 3, dtype=torch.bool), 0)) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU works while the host goes on")
+@pytest.mark.parametrize("large", [False, True], ids=["logits", "statistics"])
+@pytest.mark.parametrize("model", MODELS)
+def test_on_a_gpu_a_step_and_the_refill_before_it_never_wait(model, large):
+    """CUDA's own debug mode is the judge."""
+
+    def strictly(function):
+        def call(*args, **kwargs):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return call
+
+    class Strict(pl.Callback):
+        def on_train_start(self, trainer, module):
+            module.stream._refilled = strictly(module.stream._refilled)
+
+    x0 = torch.randint(MASK, (64, LENGTH))
+    given = torch.arange(LENGTH) < 2
+    step = module(model, ProgressiveUnmasking(3, threshold=0.5), large, shifted=False)
+    step.training_step = strictly(step.training_step)
+    trainer = pl.Trainer(
+        accelerator="gpu", devices=1, max_steps=12, logger=False, enable_checkpointing=False, log_every_n_steps=1000,
+        enable_progress_bar=False, callbacks=[Strict()],
+    )  # fmt: skip
+    trainer.fit(step, DataLoader([{"input_ids": row, "prompt_mask": given} for row in x0], batch_size=B, shuffle=True))
