@@ -20,7 +20,10 @@ def assert_holds(got, expected):
 
 
 def assert_optimised_as_in_the_paper(model, trainer):
-    assert model["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4, "weight_decay": 0.01}}
+    assert model["optimizer"] == {
+        "class_path": "torch.optim.AdamW",
+        "init_args": {"lr": 3e-4, "weight_decay": 0.01, "fused": True},
+    }
     assert model["scheduler"] == {"class_path": "WarmupCosine", "init_args": {"warmup_steps": 1000}}
     assert trainer["gradient_clip_val"] == 1.0
 

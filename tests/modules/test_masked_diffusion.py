@@ -3,6 +3,7 @@
 import itertools
 import math
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -488,3 +489,17 @@ def test_a_policy_may_leave_what_is_not_masked_without_a_score():
         return torch.where(xt == MASK, logits.amax(-1), float("nan"))
 
     trainer(max_steps=3).fit(model(process=ProgressiveUnmasking(2, only_masked)), loader())
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "32-true"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_fused_optimizer_that_cannot_be_clipped_is_refused(precision, clip, fused):
+    """Before training starts, where Lightning would stop at the first step."""
+    made = model(optimizer=lambda params: torch.optim.AdamW(params, fused=fused), scheduler=None)
+    made.trainer = SimpleNamespace(precision=precision, gradient_clip_val=clip)
+    if fused and clip and precision == "16-mixed":
+        with pytest.raises(ValueError, match="fused to false"):
+            made.configure_optimizers()
+    else:
+        assert isinstance(made.configure_optimizers(), torch.optim.AdamW)

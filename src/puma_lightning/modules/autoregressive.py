@@ -48,7 +48,7 @@ class AutoregressiveLM(GenerativeModule):
         mask_id: int,
         eos_id: int | None = None,
         sampler: LeftToRightSampler = LeftToRightSampler(),  # noqa: B008 - holds no state
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01, fused=True),
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         init_from: str | None = None,
     ) -> None:

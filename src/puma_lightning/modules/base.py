@@ -342,6 +342,12 @@ class StreamedModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and, stepped every optimizer step, the scheduler."""
         optimizer = self.optimizer(self.parameters())
+        scaled = self.trainer.precision == "16-mixed" and self.trainer.gradient_clip_val
+        if scaled and any(group.get("fused") for group in optimizer.param_groups):
+            raise ValueError(
+                "a fused optimizer scales float16's gradients back within its step, so that they cannot be clipped "
+                "before: set fused to false, use bf16-mixed precision, or leave out gradient_clip_val"
+            )
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)

@@ -57,7 +57,7 @@ class BlockDiffusion(MaskedDiffusion):
         eos_id: int | None = None,
         forward_process: ForwardProcess = ProgressiveUnmasking(4),  # noqa: B008 - holds no state
         sampler: BlockSampler | Sampler = BlockSampler(),  # noqa: B008 - holds no state
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01, fused=True),
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         init_from: str | None = None,
         shifted: bool = False,

@@ -44,7 +44,7 @@ class MaskedDiffusion(GenerativeModule):
         mask_id: int,
         forward_process: ForwardProcess = ProgressiveUnmasking(),  # noqa: B008 - holds no state
         sampler: Sampler = Sampler(),  # noqa: B008 - holds no state
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01, fused=True),
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         init_from: str | None = None,
         shifted: bool = False,
