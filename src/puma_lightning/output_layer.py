@@ -112,16 +112,18 @@ def predict(
         most = rows_per_chunk(len(hidden), len(weight), hidden.device)
         chunk_rows = max(1, most // (4 if top_p == 1 else 8))
     head = _Head(hidden, weight, bias, mask_id, chunk_rows)
-    found = head.empty(statistics, nll=target is not None)
-    drawn = hidden.new_empty(len(hidden), dtype=torch.long)
-    numbers = len(hidden) if temperature else 0
-    uniform = torch.rand(numbers, dtype=head.exact, device=hidden.device, generator=generator)
+    greedy = temperature == 0
+    found = head.empty({*statistics, "token"} if greedy else statistics, nll=target is not None)
+    drawn = hidden.new_empty(len(hidden) if temperature else 0, dtype=torch.long)
+    uniform = torch.rand(len(drawn), dtype=head.exact, device=hidden.device, generator=generator)
     with head.no_autocast():
         for rows, buffer in head.chunks():
-            if temperature is not None:
+            if temperature:
                 drawn[rows] = _draw(buffer, uniform[rows], temperature, top_p)
             _summarise(buffer, None if target is None else target[rows], found, rows)
-    return found if temperature is None else replace(found, drawn=drawn)
+    if greedy:
+        return replace(found, drawn=found.token, token=found.token if "token" in statistics else None)
+    return replace(found, drawn=drawn if temperature else None)
 
 
 def rows_per_chunk(num_positions: int, vocab_size: int, device: torch.device) -> int:
@@ -285,8 +287,6 @@ def _softmax_in_place(buffer: Tensor, top: Tensor, fused: bool) -> None:
 
 def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
     """Tokens ``(n,)`` from softmax(logits / temperature), logits ``(n, V)``, given uniform numbers ``(n,)``."""
-    if temperature == 0:
-        return logits.argmax(-1)
     # Less the maximum first: a small temperature would make infinities.
     probability = (logits - logits.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
     order = None
