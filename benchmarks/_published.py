@@ -59,13 +59,14 @@ def backbone(reference: Path, ours: TransformerBackbone) -> nn.Module:
             num_kv_heads=int(heads["num_kv_heads"]),
             max_position=ours.max_length,
             tie_lm_head=ours.lm_head.weight is ours.embed_tokens.weight,
-            bias_qkv=False,
+            bias_qkv=first.self_attn.q_proj.bias is not None,
         )
     )
     weights = ours.state_dict()
     with torch.no_grad():
         for name, parameter in theirs.state_dict().items():
-            parameter.copy_(weights[our_name(name)])
+            # With biases it has one more, after attention.
+            parameter.copy_(weights[our_name(name)]) if our_name(name) in weights else parameter.zero_()
     return theirs.to(ours.lm_head.weight.device)
 
 

@@ -2,21 +2,15 @@
 
 import argparse
 import copy
-import random
-import resource
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import _report
+import _turns
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from puma_lightning.forward_process import stratified_masking
 from puma_lightning.losses import masked_cross_entropy
@@ -120,57 +114,15 @@ def sample(module: BlockDiffusion, args: argparse.Namespace, block_size: int, si
     return BlockSampler(Sampler(tokens_per_step=args.tokens_per_step))(reader, xt, module.mask_id, block_size)
 
 
-def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, label: str) -> dict[str, Any]:
-    """Wall and processor time of the sides, in random order within every round."""
-    wall: dict[str, list[float]] = {name: [] for name in sides}
-    cpu: dict[str, list[float]] = {name: [] for name in sides}
-    order, shuffled = list(sides), random.Random(0)
-    for _ in tqdm(range(rounds), desc=label, mininterval=1):
-        shuffled.shuffle(order)
-        for name in order:
-            start, start_cpu = time.perf_counter(), time.process_time()
-            sides[name]()
-            wall[name].append(time.perf_counter() - start)
-            cpu[name].append(time.process_time() - start_cpu)
-    slow = list(sides)[1]
-    return {
-        "seconds": {name: spread(values) for name, values in wall.items()},
-        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
-        "times_as_fast": {"wall": ratios(wall, slow), "cpu": ratios(cpu, slow)},
-    }
-
-
-def ratios(times: dict[str, list[float]], slow: str) -> dict[str, float]:
-    """The slow side over the other: of the medians, and round by round."""
-    (fast,) = set(times) - {slow}
-    by_round = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
-    of_medians = statistics.median(times[slow]) / statistics.median(times[fast])
-    return {"of_medians": round(of_medians, 3), **spread(by_round)}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    named = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, 3) for name, value in named.items()}
-
-
-def peak_growth_mb(args: argparse.Namespace, num_blocks: int, side: str) -> int:
-    """How much the peak of the resident memory grows in a step, in a process of its own."""
-    words = [word for word in sys.argv if word != "--memory"]
-    child = subprocess.run(
-        [sys.executable, *words, "--peak", str(num_blocks), side], check=True, capture_output=True, text=True
-    )
-    return int(child.stdout.split()[-1])
-
-
 def train(args: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for num_blocks in args.num_blocks:
         training = Training(args, num_blocks)
         training.check()
         sides = {side: partial(training.step, side) for side in (ONE_PASS, LOOP)}
-        measured = in_turn(sides, args.rounds, f"{num_blocks} blocks")
+        measured = _turns.in_turn(sides, args.rounds, f"{num_blocks} blocks")
         if args.memory:
-            measured["peak_rss_growth_mb"] = {side: peak_growth_mb(args, num_blocks, side) for side in sides}
+            measured["peak_memory"] = {side: _turns.peak_memory_of(f"{num_blocks},{side}") for side in sides}
         found[str(num_blocks)] = measured
     return found
 
@@ -190,9 +142,8 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         ) -> None:
             into[side] = sample(module, args, size, side)
 
-        measured = in_turn(
-            {side: partial(run, side) for side in (CACHED, UNCACHED)}, args.sample_rounds, str(block_size)
-        )
+        sides = {side: partial(run, side) for side in (CACHED, UNCACHED)}
+        measured = _turns.in_turn(sides, args.sample_rounds, str(block_size))
         one, other = samples[CACHED], samples[UNCACHED]
         assert one.tokens.equal(other.tokens) and one.reveal_step.equal(other.reveal_step), "the samples differ"
         found[str(block_size)] = {**measured, "forward_passes": int(one.nfe.max()), "same_tokens": True}
@@ -215,33 +166,28 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens_per_step", type=int, default=2)
     parser.add_argument("--sample_rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/block.json"))
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser
 
 
 def main() -> None:
     args = parser().parse_args()
-    if args.peak:
-        num_blocks, side = args.peak
-        training = Training(args, int(num_blocks))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        training.step(side)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    if args.memory_of:
+        num_blocks, side = args.memory_of.split(",")
+        print(json.dumps(_turns.peak_memory(partial(Training(args, int(num_blocks)).step, side))))
         return
-    shape = {name: value for name, value in vars(args).items() if name not in ("out", "peak", "memory")}
+    shape = {name: value for name, value in vars(args).items() if name not in ("out", "memory_of", "memory")}
     report: dict[str, Any] = {"command": _report.command_line(), "environment": _report.environment(), "shape": shape}
     report["parameters"] = sum(p.numel() for p in build(args, args.length).parameters())
     report["training"] = train(args)
     report["sampling"] = generate(args)
-    fast = [m["times_as_fast"]["cpu"]["of_medians"] for n, m in report["training"].items() if int(n) >= 8]
+    fast = [m["times_as_fast"][LOOP]["cpu"]["of_medians"] for n, m in report["training"].items() if int(n) >= 8]
     report["training_target"] = {"times_as_fast_from_8_blocks": TARGET, "met": min(fast, default=0) >= TARGET}
     _report.write(args.out, report)
     for part, unit in (("training", "blocks"), ("sampling", "positions a block")):
         for number, measured in report[part].items():
-            print(f"{part}, {number} {unit}:", measured.get("peak_rss_growth_mb", ""))
-            for side, seconds in measured["seconds"].items():
-                print(f"    {side:15}", seconds, "processor", measured["cpu_seconds"][side])
-            print("    times as fast  ", measured["times_as_fast"])
+            print(f"\n{part}, {number} {unit}")
+            _turns.print_table(measured, measured.get("peak_memory"))
     print(report["training_target"])
 
 

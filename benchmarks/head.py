@@ -7,19 +7,15 @@ Memory is measured in a process of its own for each side.
 
 import argparse
 import json
-import random
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import _report
+import _turns
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,7 +96,8 @@ def textbook(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return loss.detach(), confidence[masked]
 
 
-SIDES: dict[str, Callable[[Inputs], tuple[Tensor, Tensor]]] = {"ours": ours, "textbook": textbook}
+OURS, TEXTBOOK = "ours", "textbook"
+SIDES: dict[str, Callable[[Inputs], tuple[Tensor, Tensor]]] = {OURS: ours, TEXTBOOK: textbook}
 
 
 def step(side: str, shape: Shape, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -112,20 +109,6 @@ def step(side: str, shape: Shape, inputs: Inputs) -> tuple[Tensor, ...]:
     return loss, confidence, inputs.hidden.grad, inputs.weight.grad
 
 
-def timed(side: str, shape: Shape, inputs: Inputs) -> tuple[float, float, tuple[Tensor, ...]]:
-    """Seconds of wall time and of processor time, and what a step returns."""
-    synchronise(shape)
-    start, busy = time.perf_counter(), time.process_time()
-    results = step(side, shape, inputs)
-    synchronise(shape)
-    return time.perf_counter() - start, time.process_time() - busy, results
-
-
-def synchronise(shape: Shape) -> None:
-    if shape.device != "cpu":
-        torch.cuda.synchronize(shape.device)
-
-
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     """Seconds of both sides, and how far apart what they computed is."""
     for side in SIDES:
@@ -133,81 +116,25 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         small = replace(shape, batch_size=1, length=8, vocab_size=100)
         step(side, small, make(small))
     inputs = make(shape)
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    processor: dict[str, list[float]] = {side: [] for side in SIDES}
     results: dict[str, tuple[Tensor, ...]] = {}
-    order = list(SIDES)
-    shuffled = random.Random(0)
+
+    def run(side: str) -> None:
+        results[side] = step(side, shape, inputs)
+
     # The first round is not counted on a GPU, whose libraries choose their kernels in it.
-    for done in range(-1 if shape.device != "cpu" else 0, rounds):
-        shuffled.shuffle(order)
-        for side in order:
-            wall, busy, results[side] = timed(side, shape, inputs)
-            if done >= 0:
-                seconds[side].append(wall)
-                processor[side].append(busy)
-                print(f"round {done + 1}: {side} {wall:.3f} s, processor {busy:.3f} s", flush=True)
+    warmup = int(shape.device != "cpu")
+    sides = {side: partial(run, side) for side in SIDES}
+    measured = _turns.in_turn(sides, rounds, "rounds", shape.device, warmup)
     names = ("loss", "confidence", "grad_hidden", "grad_weight")
     return {
         "shape": asdict(shape),
         "rounds": rounds,
-        "seconds": {side: spread(values) for side, values in seconds.items()},
-        "processor_seconds": {side: spread(values) for side, values in processor.items()},
-        "times_faster": ratios(seconds),
-        "times_faster_processor": ratios(processor),
+        **measured,
         "relative_difference": {
             name: float((a - b).norm() / b.norm())
-            for name, a, b in zip(names, results["ours"], results["textbook"], strict=True)
+            for name, a, b in zip(names, results[OURS], results[TEXTBOOK], strict=True)
         },
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    named = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, 4) for name, value in named.items()}
-
-
-def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Textbook over ours: of medians and minima, and within rounds."""
-    by_round = [textbook / ours for ours, textbook in zip(seconds["ours"], seconds["textbook"], strict=True)]
-    named = {
-        "of_medians": statistics.median(seconds["textbook"]) / statistics.median(seconds["ours"]),
-        "of_minima": min(seconds["textbook"]) / min(seconds["ours"]),
-        "median_by_round": statistics.median(by_round),
-        "min_by_round": min(by_round),
-        "max_by_round": max(by_round),
-    }
-    return {name: round(value, 3) for name, value in named.items()}
-
-
-def peak_memory(side: str, shape: Shape) -> dict[str, Any]:
-    """Of one step in this process, without what it is given: hidden states and weight. Gradients are counted."""
-    inputs = make(shape)
-    if shape.device != "cpu":
-        torch.cuda.reset_peak_memory_stats(shape.device)
-        before = torch.cuda.memory_allocated(shape.device)
-        wall, busy, _ = timed(side, shape, inputs)
-        peak = torch.cuda.max_memory_allocated(shape.device)
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        wall, busy, _ = timed(side, shape, inputs)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "working_gb": round((peak - before) / 1e9, 3),
-        "with_inputs_gb": round(peak / 1e9, 3),
-        "seconds": round(wall, 2),
-        "processor_seconds": round(busy, 2),
-    }
-
-
-def peak_memory_of(side: str, shape: Shape, threads: int) -> dict[str, Any]:
-    """``peak_memory`` in a process of its own."""
-    job = json.dumps({"side": side, "shape": asdict(shape), "threads": threads})
-    words = [sys.executable, __file__, "--child", job]
-    run = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    print(f"memory, {shape.batch_size} x {shape.length}: {side} {found}", flush=True)
-    return found
 
 
 def main() -> None:
@@ -224,24 +151,24 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="32", help="of autocast; 32 is none")
     parser.add_argument("--threads", type=int, help="CPU threads; default what PyTorch chooses")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/head.json"))
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        job = json.loads(args.child)
-        torch.set_num_threads(job["threads"])
-        print(json.dumps(peak_memory(job["side"], Shape(**job["shape"]))))
-        return
     if args.threads:
         torch.set_num_threads(args.threads)
     shape = Shape(
         args.batch_size, args.length, args.masked, args.vocab_size, args.hidden_size, args.device, args.precision
     )
-    threads = torch.get_num_threads()
-    # Before anything of this process lies in the device's memory.
-    memory = {side: peak_memory_of(side, shape, threads) for side in SIDES}
     full = replace(shape, batch_size=args.full_batch_size)
-    sides = [side for side in SIDES if side == "ours" or args.full_textbook] if args.full_batch_size else []
-    at_full_size = {side: peak_memory_of(side, full, threads) for side in sides}
+    if args.memory_of:
+        size, side = args.memory_of.split(",")
+        shape = {"timed": shape, "full": full}[size]
+        # Without what it is given, hidden states and weight; gradients are counted.
+        print(json.dumps(_turns.peak_memory(partial(step, side, shape, make(shape)), args.device)))
+        return
+    # Before anything of this process lies in the device's memory.
+    memory = {side: _turns.peak_memory_of(f"timed,{side}") for side in SIDES}
+    sides = [side for side in SIDES if side == OURS or args.full_textbook] if args.full_batch_size else []
+    at_full_size = {side: _turns.peak_memory_of(f"full,{side}") for side in sides}
     measured = measure(shape, args.rounds)
     positions = round(shape.masked * shape.length) * shape.batch_size
     report = {
@@ -255,15 +182,7 @@ def main() -> None:
         "full_size_logits_gb": round(4e-9 * full.batch_size * full.length * full.vocab_size, 2),
     }
     _report.write(args.out, report)
-    print(f"\n{'':10}{'median':>9}{'min':>9}{'max':>9}{'processor':>11}{'ratio':>8}{'peak memory':>14}")
-    for side in SIDES:
-        times, busy = measured["seconds"][side], measured["processor_seconds"][side]["median"]
-        ratio = 1.0 if side == "ours" else measured["times_faster"]["of_medians"]
-        print(
-            f"{side:10}{times['median']:8.3f}s{times['min']:8.3f}s{times['max']:8.3f}s{busy:10.3f}s{ratio:8.2f}"
-            f"{memory[side]['working_gb']:11.2f} GB"
-        )
-    print("times faster", measured["times_faster"], "\n  processor ", measured["times_faster_processor"])
+    _turns.print_table(measured, memory)
     print("relative difference", measured["relative_difference"])
 
 

@@ -6,8 +6,6 @@ identical states with identical random numbers, single steps position by positio
 """
 
 import argparse
-import hashlib
-import importlib.util
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import _published
 import _report
 import numpy as np
 import torch
@@ -478,17 +477,6 @@ def check_last_position(module: ModuleType, steps: int = 240) -> dict[str, dict[
     return result
 
 
-def load_published(reference: Path) -> tuple[ModuleType, str]:
-    """The published module and a digest of its file."""
-    path = reference if reference.is_file() else reference / "progressive.py"
-    spec = importlib.util.spec_from_file_location("published_progressive", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise SystemExit(f"no progressive.py at {reference}: give a checkout of JaeyeonKim01/PUMA")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module, hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def compare_runs(
     module: ModuleType, setting: Setting, threshold: float | None, steps: int, seed: int
 ) -> dict[str, Any]:
@@ -556,7 +544,7 @@ def main() -> None:
     if args.steps < 200:
         parser.error("--steps must be at least 200, for the warm-up and for the last chains to end")
 
-    module, digest = load_published(args.reference)
+    module = _published.load(args.reference, "progressive")
     runs = []
     progress = tqdm([(setting, threshold) for setting in SETTINGS for threshold in setting.thresholds], unit="run")
     for number, (setting, threshold) in enumerate(progress):
@@ -593,7 +581,7 @@ def main() -> None:
     report = {
         "command": _report.command_line(),
         "environment": _report.environment(),
-        "published_progressive_py_sha256": digest,
+        "published_progressive_py_sha256": _published.digest(args.reference, "progressive"),
         "verdict": verdict,
         "lockstep_total": {name: lockstep[name] for name in runs[0]["lockstep"]},
         "stage_formula": stages,

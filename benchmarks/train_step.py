@@ -1,23 +1,28 @@
-"""What a PUMA training step costs beside one of the baseline. See benchmarks/README.md.
+"""What a PUMA training step costs: beside one of the baseline, the textbook's and the published code's.
 
 One model under one real Trainer takes steps of each forward process in turn, in random order within every round,
 so that whatever else the machine does falls on all of them alike. A step is everything from the end of the one
 before to its own end: fetching the batch (which refills the slots), forward, loss, advance, backward, clipping,
-AdamW and Lightning's own work.
+AdamW and Lightning's own work. After each round the others take a step, without a Trainer. See benchmarks/README.md.
 """
 
 import argparse
+import copy
+import json
 import logging
 import random
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _published
 import _report
+import _turns
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
@@ -27,10 +32,14 @@ from tqdm import tqdm
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import MaskedDiffusion
+from puma_lightning.sequences import CleanSequences
 from puma_lightning.stream import Stream
 
 BASELINE = "RandomMasking"
-OVERHEAD = 1.10  # what a PUMA step may cost, in steps of the baseline
+PUMA, THRESHOLD = "PUMA", "PUMA tau=0.9"
+TEXTBOOK, PUBLISHED = "textbook", "published"
+TAU = 0.9
+OVERHEAD = 1.05  # what a PUMA step may cost, in steps of the baseline
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,15 @@ class Shape:
     prompt_length: int
     batch_size: int
     num_stages: int
+    tied: bool = False
 
 
 SHAPES = {
     "quickstart": Shape(128, 384, 4, 4, False, 8, 36, 13, 64, 6),
     "sudoku": Shape(256, 768, 8, 8, True, 11, 162, 81, 32, 8),
+    # As configs/tinygsm/puma.yaml, with fewer layers, a smaller vocabulary and shorter sequences; and the thing itself.
+    "tinygsm_small": Shape(512, 1536, 4, 8, False, 50_258, 256, 64, 4, 12, True),
+    "tinygsm": Shape(512, 1536, 14, 8, False, 151_645, 512, 128, 32, 12, True),
 }
 
 
@@ -71,6 +84,65 @@ class Rows(Dataset[Any]):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return {"input_ids": self.x0[i % len(self.x0)], "prompt_mask": self.prompt[i % len(self.prompt)]}
+
+
+class Textbook:
+    """PUMA's step written down plainly: logits of all positions, their log-softmax, autograd."""
+
+    def __init__(self, shape: Shape, backbone: TransformerBackbone, steps: int) -> None:
+        self.backbone = copy.deepcopy(backbone)
+        self.mask_id = shape.vocab_size - 1
+        self.optimizer = torch.optim.AdamW(self.backbone.parameters(), lr=3e-4, weight_decay=0.01)
+        loader = DataLoader(Rows(shape, shape.batch_size * steps), batch_size=shape.batch_size)
+        supply = CleanSequences(loader, self.mask_id, shape.vocab_size)
+        process = ProgressiveUnmasking(shape.num_stages, threshold=TAU)
+        device = backbone.lm_head.weight.device
+        self.stream = Stream(supply, process, self.mask_id, shape.batch_size, steps, device=device)
+        self.batches = iter(self.stream)
+
+    def step(self) -> None:
+        batch = next(self.batches)
+        x0, masked = batch["input_ids"], batch["xt"] == self.mask_id
+        logits = self.backbone(batch["xt"]).float()
+        logits[..., self.mask_id] = float("-inf")
+        nll = -logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0]
+        loss = ((nll * masked).sum(1) / masked.sum(1).clamp_min(1)).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), 1.0)
+        self.optimizer.step()
+        self.stream.advance(logits.detach(), 0)
+
+
+class Published:
+    """A step of the published training loop, with its model, loss and pool; without its EMA and logging."""
+
+    def __init__(self, shape: Shape, backbone: TransformerBackbone, steps: int, reference: Path) -> None:
+        self.progressive = _published.load(reference, "progressive")
+        self.model = _published.backbone(reference, backbone)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, weight_decay=0.01)
+        self.mask_id = shape.vocab_size - 1
+        rows = Rows(shape, shape.batch_size * steps)
+        loader: DataLoader[Any] = DataLoader(
+            [{"labels": row["input_ids"], "prompt_mask": row["prompt_mask"]} for row in map(rows.__getitem__, range(4))]
+            * (len(rows) // 4),  # type: ignore[arg-type]
+            batch_size=shape.batch_size,
+        )
+        self.pool = self.progressive.PhasedMasking(
+            loader, shape.batch_size, self.mask_id, shape.num_stages, backbone.lm_head.weight.device, shape.length,
+            mode="confidence_collapse", confidence_threshold=TAU,
+        )  # fmt: skip
+
+    def step(self) -> None:
+        log_probs = self.model(self.pool.current_batch()).log_softmax(-1)
+        prompt_mask = self.pool.state["prompt_mask"]
+        loss = self.progressive.mdm_loss_fn(log_probs, self.pool.x0, self.pool.xt, self.mask_id, prompt_mask)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.pool.update_with_logits(log_probs)
+        loss.item()  # its progress bar shows it in every step
 
 
 class InTurn:
@@ -121,8 +193,9 @@ class InTurnModule(MaskedDiffusion):
 class Stopwatch(pl.Callback):
     """Seconds of every step, of its fetch, and of processor time: what other processes take is not in the last."""
 
-    def __init__(self, warmup: int, progress: "tqdm[Any]") -> None:
+    def __init__(self, warmup: int, progress: "tqdm[Any]", others: dict[str, Callable[[], None]]) -> None:
         self.warmup = warmup
+        self.others = others
         self.progress = progress
         self.step: dict[str, list[float]] = {}
         self.fetch: dict[str, list[float]] = {}
@@ -142,8 +215,19 @@ class Stopwatch(pl.Callback):
             self.fetch.setdefault(in_turn.current, []).append(in_turn.fetch)
             masked = (batch["xt"] == module.mask_id).float().mean()
             self.masked.setdefault(in_turn.current, []).append(float(masked))
+        if (batch_idx + 1) % len(in_turn.streams) == 0:
+            # Lightning has gradients off here.
+            with torch.enable_grad():
+                self.take_others(module.device, counted=batch_idx >= self.warmup * len(in_turn.streams))
         self.progress.update()
         self.last, self.last_cpu = now(module.device), time.process_time()
+
+    def take_others(self, device: torch.device, counted: bool) -> None:
+        for name, step in self.others.items():
+            seconds, cpu = _turns.timed(step, device.type)
+            if counted:
+                self.step.setdefault(name, []).append(seconds)
+                self.cpu.setdefault(name, []).append(cpu)
 
 
 def now(device: torch.device) -> float:
@@ -152,42 +236,91 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure(shape: Shape, rounds: int, warmup: int, accelerator: str, precision: Any, label: str) -> dict[str, Any]:
-    """Steps of the three forward processes on one shape."""
+def build(shape: Shape, device: torch.device) -> TransformerBackbone:
+    torch.manual_seed(0)
+    return TransformerBackbone(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        qkv_bias=shape.qkv_bias,
+        tie_embeddings=shape.tied,
+        max_length=shape.length,
+    ).to(device)
+
+
+def run(
+    shape: Shape,
+    rounds: int,
+    warmup: int,
+    accelerator: str,
+    precision: Any,
+    label: str,
+    sides: Collection[str],
+    reference: Path | None,
+) -> Stopwatch:
+    """Steps of some sides in turn: of forward processes under a Trainer, and of the others between them."""
     pl.seed_everything(0, verbose=False)
-    processes: dict[str, ForwardProcess] = {
+    possible: dict[str, ForwardProcess] = {
         BASELINE: RandomMasking(),
-        "PUMA": ProgressiveUnmasking(shape.num_stages),
-        "PUMA tau=0.9": ProgressiveUnmasking(shape.num_stages, threshold=0.9),
+        PUMA: ProgressiveUnmasking(shape.num_stages),
+        THRESHOLD: ProgressiveUnmasking(shape.num_stages, threshold=TAU),
     }
+    processes = {name: process for name, process in possible.items() if name in sides}
     total = rounds + warmup
-    module = InTurnModule(
-        processes,
-        total,
-        backbone=TransformerBackbone(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_layers=shape.num_layers,
-            num_heads=shape.num_heads,
-            qkv_bias=shape.qkv_bias,
-            max_length=shape.length,
-        ),
-        mask_id=shape.vocab_size - 1,
-        scheduler=None,
-    )
-    rows = Rows(shape, shape.batch_size * total)
-    with tqdm(total=total * len(processes), desc=label, unit="step", mininterval=1) as progress:
-        stopwatch = Stopwatch(warmup, progress)
+    device = torch.device("cuda" if accelerator == "gpu" else "cpu")
+    backbone = build(shape, device)
+    others: dict[str, Callable[[], None]] = {}
+    if TEXTBOOK in sides:
+        others[TEXTBOOK] = autocast(Textbook(shape, backbone, total).step, device, precision)
+    if PUBLISHED in sides:
+        assert reference is not None
+        others[PUBLISHED] = autocast(Published(shape, backbone, total, reference).step, device, precision)
+    with tqdm(total=total * max(1, len(processes)), desc=label, unit="step", mininterval=1) as progress:
+        stopwatch = Stopwatch(warmup, progress, others)
+        if not processes:
+            for _ in range(total):
+                stopwatch.take_others(device, counted=True)
+            return stopwatch
+        module = InTurnModule(processes, total, backbone=backbone, mask_id=shape.vocab_size - 1, scheduler=None)
+        rows = Rows(shape, shape.batch_size * total)
         trainer = pl.Trainer(
             accelerator=accelerator, devices=1, precision=precision, max_epochs=1, gradient_clip_val=1.0,
             log_every_n_steps=50, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, callbacks=[stopwatch],
         )  # fmt: skip
         trainer.fit(module, DataLoader(rows, batch_size=shape.batch_size))
+    return stopwatch
+
+
+def autocast(step: Callable[[], None], device: torch.device, precision: str) -> Callable[[], None]:
+    """A step in the precision that the Trainer would use."""
+
+    def run() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            step()
+
+    return run
+
+
+def measure(
+    shape: Shape,
+    rounds: int,
+    warmup: int,
+    accelerator: str,
+    precision: Any,
+    label: str,
+    others: Collection[str] = (),
+    reference: Path | None = None,
+) -> dict[str, Any]:
+    """The step of PUMA beside that of the baseline, and beside others."""
+    processes = (BASELINE, PUMA, THRESHOLD)
+    sides = (*processes, *others)
+    stopwatch = run(shape, rounds, warmup, accelerator, precision, label, sides, reference)
     without_fetch = {
-        name: [step - fetch for step, fetch in zip(steps, stopwatch.fetch[name], strict=True)]
-        for name, steps in stopwatch.step.items()
+        name: [step - fetch for step, fetch in zip(stopwatch.step[name], stopwatch.fetch[name], strict=True)]
+        for name in processes
     }
     results: dict[str, dict[str, Any]] = {
         name: {
@@ -203,9 +336,11 @@ def measure(shape: Shape, rounds: int, warmup: int, accelerator: str, precision:
         }
         for name in processes
     }
+    # As the published code trains on TinyGSM, with a threshold.
+    compared = {name: (stopwatch.step[name], stopwatch.cpu[name]) for name in (THRESHOLD, *others)}
     return {
         "shape": asdict(shape),
-        "parameters": sum(p.numel() for p in module.parameters()),
+        "parameters": sum(p.numel() for p in build(shape, torch.device("meta")).parameters()),
         "rounds": rounds,
         "warmup_rounds": warmup,
         "results": results,
@@ -219,6 +354,7 @@ def measure(shape: Shape, rounds: int, warmup: int, accelerator: str, precision:
             for name, result in results.items()
             if name != BASELINE
         },
+        "compared": _turns.compared(*({name: times[i] for name, times in compared.items()} for i in (0, 1))),
     }
 
 
@@ -242,34 +378,58 @@ def spread(values: list[float], scale: float) -> dict[str, float]:
     return {name: round(value * scale, 2) for name, value in named.items()}
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["quickstart", "sudoku", "tinygsm_small"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", default="32-true", help="as the Trainer names it")
-    parser.add_argument(
-        "--rounds", type=int, help="rounds timed; default 60 for quickstart and on CUDA, 10 for sudoku on a CPU"
-    )
+    parser.add_argument("--rounds", type=int, help="rounds timed; default 60 for quickstart and on CUDA, else 10")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before these")
     parser.add_argument("--threads", type=int, help="CPU threads; default what PyTorch chooses")
+    parser.add_argument("--reference", type=Path, help="a checkout of JaeyeonKim01/PUMA, to compare with it too")
+    parser.add_argument("--memory-batch-sizes", type=int, nargs="*", default=[4, 32], help="of tinygsm_small")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_step.json"))
-    args = parser.parse_args()
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    words = parser()
+    args = words.parse_args()
     if args.rounds is not None and args.rounds < 2:
-        parser.error("--rounds must be at least 2")
+        words.error("--rounds must be at least 2")
     if args.threads:
         torch.set_num_threads(args.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
+    accelerator = "gpu" if args.device == "cuda" else "cpu"
+    if args.memory_of:
+        name, batch_size, side = args.memory_of.split(",")
+        shape = replace(SHAPES[name], batch_size=int(batch_size))
+        # Two steps: AdamW's moments come with the first.
+        steps = partial(run, shape, 2, 0, accelerator, args.precision, side, {side}, args.reference)
+        print(json.dumps(_turns.peak_memory(steps, args.device)))
+        return
 
+    others = [TEXTBOOK, *([PUBLISHED] if args.reference else [])]
+    memory = {
+        f"{name}, batch of {size}": {
+            side: _turns.peak_memory_of(f"{name},{size},{side}") for side in (THRESHOLD, *others)
+        }
+        for name in args.shapes
+        if name.startswith("tinygsm")
+        for size in args.memory_batch_sizes
+    }
     shapes = {}
     for name in args.shapes:
-        rounds = args.rounds or (10 if name == "sudoku" and args.device == "cpu" else 60)
-        accelerator = "gpu" if args.device == "cuda" else "cpu"
-        shapes[name] = measure(SHAPES[name], rounds, args.warmup, accelerator, args.precision, name)
+        rounds = args.rounds or (10 if name != "quickstart" and args.device == "cpu" else 60)
+        shape = SHAPES[name]
+        shapes[name] = measure(shape, rounds, args.warmup, accelerator, args.precision, name, others, args.reference)
     report = {
         "command": _report.command_line(),
         "environment": {**_report.environment(args.device), "precision": args.precision},
         "shapes": shapes,
+        "peak_memory": memory,
     }
     _report.write(args.out, report)
     for name, measured in shapes.items():
@@ -283,7 +443,8 @@ def main() -> None:
             for kind, ratio in result["ratios_to_baseline"].items():
                 print(f"      {kind:14}", ", ".join(f"{name} {value:.3f}" for name, value in ratio.items()))
         largest = measured["largest_median_ratio"]
-        print("  overhead under 10 %:", {name: ratio < OVERHEAD for name, ratio in largest.items()}, largest)
+        print(f"  overhead under {OVERHEAD - 1:.0%}:", {n: ratio < OVERHEAD for n, ratio in largest.items()}, largest)
+        _turns.print_table(measured["compared"])
 
 
 if __name__ == "__main__":

@@ -7,26 +7,22 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import yaml
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def published_chain(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return import_module("published_chain")
+def script(name: str):
+    @pytest.fixture
+    def imported(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        return import_module(name)
+
+    return imported
 
 
-@pytest.fixture
-def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return import_module("train_step")
-
-
-@pytest.fixture
-def block(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return import_module("block")
+published_chain, published = script("published_chain"), script("_published")
+train_step, block, sampling, data = script("train_step"), script("block"), script("sampling"), script("data")
 
 
 def test_script_is_a_function_of_sequence_position_and_count(published_chain):
@@ -67,12 +63,71 @@ def test_train_step_measures_all_processes(train_step):
     assert set(results["RandomMasking"]["ratios_to_baseline"]["step"].values()) == {1.0}
 
 
+def test_train_step_takes_the_textbooks_step_in_turn(train_step):
+    shape = train_step.Shape(8, 16, 1, 2, False, 6, 8, 2, 4, 3, tied=True)
+    measured = train_step.measure(shape, 2, 1, "cpu", "32-true", "tiny", others=[train_step.TEXTBOOK])
+    assert measured["compared"]["times_as_fast"]["textbook"]["wall"]["of_medians"] > 0
+
+
+def test_the_textbooks_step_is_ours(train_step, monkeypatch):
+    """One step from the same weights on the same sequences, as the plain formula has it, gives the same gradients."""
+    shape = train_step.Shape(8, 16, 1, 2, False, 6, 8, 2, 4, 3, tied=True)
+    backbone = train_step.build(shape, torch.device("cpu"))
+    textbook = train_step.Textbook(shape, backbone, 1)
+    gradients = []
+    monkeypatch.setattr(textbook.optimizer, "step", lambda: None)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+    batch = textbook.stream.peek()
+    textbook.step()
+    module = train_step.MaskedDiffusion(backbone, shape.vocab_size - 1)
+    weights = torch.full((shape.batch_size,), 1 / shape.batch_size)
+    module.loss(batch["xt"], batch["input_ids"], shape.length, weights)[0].backward()
+    gradients = [[p.grad for p in net.parameters()] for net in (textbook.backbone, backbone)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_sampling_gives_the_same_tokens_on_both_sides(sampling, monkeypatch, tmp_path):
+    sizes = "--batch-size 3 --length 12 --vocab-size 60 --hidden-size 16 --num-layers 1 --num-heads 2 --rounds 2"
+    case = sampling.Case(sampling.parser().parse_args(sizes.split()))
+    for side in case.sides:
+        case.run(side)
+    assert case.samples["ours"].equal(case.samples["textbook"])
+    assert case.samples["ours"][case.prompt_mask].equal(case.xt[case.prompt_mask])
+
+
+def test_data_measures_what_is_delivered_and_consumed(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = tmp_path / "small.yaml"
+    small = yaml.safe_load((BENCHMARKS.parent / "configs/quickstart.yaml").read_text())
+    small["data"]["init_args"].update(order=4, clues=6, num_train=70, num_val=4, num_test=4)
+    small["model"]["init_args"]["backbone"]["init_args"].update(hidden_size=16, num_layers=1, max_length=16)
+    small["model"]["init_args"]["forward_process"]["init_args"]["num_stages"] = 4
+    config.write_text(yaml.safe_dump(small))
+    measured = data.measure(config, rounds=2, batches=3, steps=4)
+    assert measured["batch_size"] == 64 and measured["length"] == 16
+    assert measured["sequences_consumed_per_second_at_most"] == pytest.approx(64 / measured["step_seconds"], rel=0.1)
+
+
+def test_the_published_model_takes_our_weights_by_its_own_names(published):
+    """Of a model with all parts that its names tell apart."""
+    names = [
+        "emb.weight", "lm_head.weight", "final_norm.weight", "layers.3.attn_norm.weight", "layers.3.attn.q_proj.weight",
+        "layers.0.mlp_norm.weight", "layers.0.mlp.w1.weight", "layers.0.mlp.w2.weight", "layers.0.mlp.w3.weight",
+    ]  # fmt: skip
+    ours = dict(published.TransformerBackbone(7, 8, 8, num_layers=4, num_heads=2).named_parameters())
+    found = [published.our_name(name) for name in names]
+    assert len(set(found)) == len(names) and set(found) <= set(ours)
+    with pytest.raises(SystemExit, match=r"layers.0.other"):
+        published.our_name("layers.0.other")
+
+
 def test_block_measures_both_sides_of_training_and_sampling(block):
     sizes = "--hidden_size 16 --num_layers 1 --num_heads 2 --vocab_size 32 --length 32 --num_blocks 2 4 --block_sizes 8"
     args = block.parser().parse_args([*sizes.split(), "--rounds", "2"])
     trained, sampled = block.train(args), block.generate(args)
     assert list(trained) == ["2", "4"] and list(sampled) == ["8"]
     for measured in (*trained.values(), *sampled.values()):
-        assert measured["times_as_fast"]["cpu"]["of_medians"] > 0
+        (other,) = measured["times_as_fast"].values()
+        assert other["cpu"]["of_medians"] > 0
     # 24 positions after the prompt of 8, two in each pass, and a pass to read each block but the last.
     assert sampled["8"]["forward_passes"] == 12 + 3

@@ -33,6 +33,6 @@ def test_everything_is_reported(head, monkeypatch, tmp_path):
     head.main()
     report = json.loads(out.read_text())
     for side in ("ours", "textbook"):
-        assert report["peak_memory"][side]["with_inputs_gb"] > 0
+        assert report["peak_memory"][side]["total_gb"] > 0
     assert set(report["full_size"]) == {"batch_size", "ours"}
     assert str(tmp_path) not in out.read_text()
