@@ -142,6 +142,14 @@ def test_a_model_of_static_shapes_is_always_asked_about_all_rows(seed, batch, le
     assert torch.equal(torch.tensor(model.asked, dtype=torch.long).reshape(-1, batch).sum(0), sample.nfe)
 
 
+def test_a_function_that_cannot_select_rows_sees_the_whole_batch():
+    """It may know more of its rows than is in xt."""
+    sizes = []
+    xt = torch.tensor([[MASK, MASK, MASK], [0, 1, MASK]])
+    Sampler()(lambda xt: sizes.append(len(xt)) or Model(0, 3)(xt), xt, MASK)
+    assert sizes == [2, 2, 2]
+
+
 @few
 @given(
     seed=seeds,
@@ -281,7 +289,6 @@ def knows(x0: Tensor, seed: int):
         best = spread + 0.1 + logits.gather(-1, x0[..., None]).abs()
         return logits.scatter(-1, x0[..., None], best)
 
-    model.static_shapes = True  # it goes by the number of the row, and so do the random numbers of the teacher
     return model
 
 

@@ -223,7 +223,9 @@ def test_the_batch_has_clean_and_masked_sequences():
         assert torch.equal(batch["xt"][~masked], batch["input_ids"][~masked])
 
 
-@pytest.mark.parametrize("process", [RandomMasking(), ProgressiveUnmasking([[0, 2], [3, 4]], threshold=0.6)], ids=repr)
+@pytest.mark.parametrize(
+    "process", [RandomMasking(), ProgressiveUnmasking([[0, 2], [3, 4]], threshold=0.6)], ids=["random", "puma"]
+)
 @pytest.mark.parametrize("block_size", [None, 2, [[0, 2], [4, 6]]], ids=str)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_number_of_masked_positions_is_that_of_the_batch(process, block_size, groups):

@@ -86,7 +86,7 @@ class ForwardProcess:
         mask_id: int,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Mask sequences that enter a slot.
+        """Mask sequences that enter a slot. The stream does so on the CPU.
 
         Args:
             x0: Clean sequences, (B, L) int64.

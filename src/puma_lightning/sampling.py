@@ -119,12 +119,11 @@ class Sampler:
     ) -> Sample:
         """Complete a batch.
 
-        Rows leave the batch as they are finished, unless the model says by an attribute ``static_shapes`` that a
-        batch of another size costs it more.
+        From a model that can ``select`` rows they leave the batch as they are finished, unless it says by an attribute
+        ``static_shapes`` that a batch of another size costs it more.
 
         Args:
-            model: xt (B, L) to logits aligned with positions (B, L, V). One that remembers rows has ``select``, as
-                ``Reader`` describes it, and is told which go on.
+            model: xt (B, L) to logits aligned with positions (B, L, V).
             xt: Sequences with the mask token at the positions to fill, (B, L) int64.
             mask_id: The mask token; it is never drawn.
             generator: Source of all randomness, on the device of ``xt``.
@@ -136,13 +135,12 @@ class Sampler:
         reveal_step = torch.where(xt == mask_id, 0, -1)
         nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
         rows = torch.arange(len(xt), device=xt.device)
-        static = getattr(model, "static_shapes", False)
+        leaving = isinstance(model, Selectable) and not getattr(model, "static_shapes", False)
         step = 0
         while number := int((going := (tokens[rows] == mask_id).any(1)).sum()):
-            if number < len(rows) and not static:
+            if number < len(rows) and leaving:
                 kept = going.nonzero().squeeze(1)
-                rows = rows[kept]
-                model = model.select(kept) if isinstance(model, _Selectable) else model
+                rows, model = rows[kept], model.select(kept)  # type: ignore[attr-defined]
             xt = tokens[rows]
             masked = xt == mask_id
             predicted, scores, confident = self._predict(model, xt, masked, mask_id, generator)
@@ -199,14 +197,14 @@ class MaskedPredictor(Protocol):
 
 
 @runtime_checkable
-class _Selectable(Protocol):
-    """A model that remembers something of every row of its batch."""
+class Selectable(Protocol):
+    """A model that can go on with a part of a batch."""
 
     def select(self, rows: Tensor) -> Any:
         """The same model for these rows (n,) of the batch alone; this one stays as it is."""
 
 
-class Reader(_Selectable, Protocol):
+class Reader(Selectable, Protocol):
     """An autoregressive model that reads a batch piece by piece and remembers what it has read."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -289,7 +287,7 @@ class LeftToRightSampler:
         return Sample(tokens, reveal_step, nfe)
 
 
-class BlockReader(_Selectable, Protocol):
+class BlockReader(Selectable, Protocol):
     """A block diffusion model that remembers the finished blocks it has read."""
 
     def read(self, tokens: Tensor, block_size: int) -> None:

@@ -19,6 +19,9 @@ from puma_lightning.schedule import StepSchedule
 from puma_lightning.sequences import CleanSequences, derived_seed
 from puma_lightning.unmasking import Prediction, check_block_size, cut_blocks, stage_of
 
+# Is told of every advance: the accumulation group, its chains before, their predictions, and the chains after.
+Observer = Callable[[int, Slots, Tensor | Prediction, Slots], None]
+
 
 class Stream:
     """The slots of all accumulation groups of one rank, and the supply that refills them.
@@ -67,14 +70,14 @@ class Stream:
         self.device = device or torch.device("cpu")
         self.block_size = block_size
         self.groups: list[Slots | None] = [None] * num_groups
-        self._on_host: list[Callable[[], Tensor] | None] = [None] * num_groups  # what ``_for_host`` says of each
+        self._on_host: dict[int, Callable[[], Tensor]] = {}  # what ``_for_host`` says of each group that is filled
         self.step = 0  # batches yielded in the life of this stream
+        self.observers: list[Observer] = []
         self._in_flight: Slots | None = None
         self._generators = {"start": torch.Generator(), "advance": torch.Generator(self.device)}
 
     def _seeded(self, step: int, purpose: str) -> torch.Generator:
-        number = list(self._generators).index(purpose)
-        seed = derived_seed(self.seed, self.sequences.rank, step, number)
+        seed = derived_seed(self.seed, self.sequences.rank, step, {"start": 0, "advance": 1}[purpose])
         return self._generators[purpose].manual_seed(seed)
 
     def __len__(self) -> int:
@@ -100,9 +103,7 @@ class Stream:
     @property
     def num_masked(self) -> int:
         """Masked positions of the batch yielded last, all rows together; known without waiting for the device."""
-        on_host = self._on_host[(self.step - 1) % len(self.groups)]
-        assert on_host is not None, "num_masked before the first batch"
-        return int(on_host()[1].sum())
+        return int(self._on_host[(self.step - 1) % len(self.groups)]()[1].sum())
 
     def advance(self, predictions: Tensor | Prediction, step: int) -> None:
         """Move the chains of the batch yielded last.
@@ -123,9 +124,11 @@ class Stream:
         moved = self.process.advance(chains, predictions, step, self.mask_id, generator)
         done = moved.done | chains.done
         # The chains of a slot end one by one; one that is over has nothing left to be trained on.
-        chains = replace(moved, done=done, xt=torch.where(done[:, None], moved.x0, moved.xt))
-        self.groups[group] = chains
-        self._on_host[group] = copy_to_host(self._for_host(chains))
+        after = replace(moved, done=done, xt=torch.where(done[:, None], moved.x0, moved.xt))
+        self.groups[group] = after
+        self._on_host[group] = copy_to_host(self._for_host(after))
+        for observe in self.observers:
+            observe(group, chains, predictions, after)
 
     def _for_host(self, chains: Slots) -> Tensor:
         """Of every chain whether it is done, and how many positions are masked, (2, number of chains) int64."""
@@ -145,15 +148,13 @@ class Stream:
 
     def _refilled(self, group: int) -> Slots:
         """The chains of a group, with fresh sequences in the slots where all are done."""
-        chains, on_host = self.groups[group], self._on_host[group]
-        if chains is None or on_host is None:
+        chains = self.groups[group]
+        if chains is None:
             fresh = self._first_fill(group)
             known = self._for_host(fresh)
-            chains = Slots(
-                **{name: self._upload(t) for name, t in fresh.tensors().items()}, num_stages=fresh.num_stages
-            )
+            chains = replace(fresh, **self._uploaded(fresh))
         else:
-            known = on_host()
+            known = self._on_host[group]()
             slots = known[0].bool().view(self.num_slots, -1).all(1).nonzero().squeeze(1)
             if not len(slots):
                 return chains
@@ -162,15 +163,18 @@ class Stream:
             blocks = len(chains.x0) // self.num_slots
             rows = (slots[:, None] * blocks + torch.arange(blocks)).flatten()
             known = known.index_copy(1, rows, self._for_host(fresh))
-            rows, old = self._upload(rows), chains.tensors()
-            new = {name: self._upload(tensor) for name, tensor in fresh.tensors().items()}
+            rows, old, new = self._upload(rows), chains.tensors(), self._uploaded(fresh)
             chains = replace(chains, **{name: old[name].index_copy(0, rows, new[name]) for name in old})
         self.groups[group], self._on_host[group] = chains, lambda: known
         return chains
 
+    def _uploaded(self, chains: Slots) -> dict[str, Any]:
+        return {name: self._upload(tensor) for name, tensor in chains.tensors().items()}
+
     def _upload(self, tensor: Tensor) -> Tensor:
-        """A CPU tensor on the device; from pinned memory the copy overlaps with what the device is doing."""
-        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
+        """A CPU tensor on the device; the copy overlaps with what a GPU is doing."""
+        cuda = self.device.type == "cuda"
+        return (tensor.pin_memory() if cuda else tensor).to(self.device, non_blocking=cuda)
 
     def _first_fill(self, group: int) -> Slots:
         """Staggered start: stages spread evenly, over all groups together, so each batch holds all stages."""
@@ -186,7 +190,7 @@ class Stream:
         for coming in self.block_size.values if self.block_size is not None else ():
             check_block_size(coming, length)
         size = block_size or length
-        x0, prompt_mask = cut_blocks(clean["input_ids"], size), cut_blocks(clean["prompt_mask"], size)
+        x0, prompt_mask = (cut_blocks(clean[name].cpu(), size) for name in ("input_ids", "prompt_mask"))
         # A chain that is shorter than K has fewer stages.
         stage = stage.repeat_interleave(length // size)
         stage = stage * self.process.chain_stages(num_stages, (~prompt_mask).sum(1)) // num_stages
@@ -237,7 +241,7 @@ class Stream:
         self.seed = snapshot["seed"]
         self.step = snapshot["step"]
         self.groups = [slots and slots.to(self.device) for slots in groups]
-        self._on_host = [None if slots is None else copy_to_host(self._for_host(slots)) for slots in groups]
+        self._on_host = {i: copy_to_host(self._for_host(slots)) for i, slots in enumerate(groups) if slots is not None}
         self.sequences.seek(self.seed, snapshot["position"])
 
 
@@ -255,7 +259,7 @@ def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
     if not tensor.is_cuda:
         return lambda: copy
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
+    copied.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> Tensor:
         copied.synchronize()

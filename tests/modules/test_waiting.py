@@ -1,4 +1,4 @@
-"""The host never waits for the device to learn what it is to do next: a training step queues all its work at once."""
+"""The host does not wait for a GPU to learn what to queue next, except for the end of the last forward pass."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -23,6 +23,8 @@ from puma_lightning import (
 from puma_lightning.forward_process import Slots
 from puma_lightning.modules.generative import true_positions
 from puma_lightning.output_layer import _Head
+from puma_lightning.sequences import CleanSequences
+from puma_lightning.stream import Stream
 from puma_lightning.unmasking import cut_blocks
 
 V, MASK, LENGTH, B = 23, 11, 12, 4
@@ -75,15 +77,25 @@ def test_the_positions_found_by_their_number_are_those_found_without():
     assert len(true_positions(torch.zeros(2, 3, dtype=torch.bool), 0)) == 0
 
 
+def test_positions_that_are_not_masked_have_no_weight_whatever_their_number_is_said_to_be():
+    step = module("whole", PROCESSES["random"], large=True, shifted=False)
+    x0 = torch.randint(MASK, (B, LENGTH), generator=torch.Generator().manual_seed(0))
+    xt = x0.masked_fill(torch.rand(B, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.5, MASK)
+    weights = torch.full((B,), 1 / B)
+    counted, said = (step.loss(xt, x0, LENGTH, weights, num_masked=n)[0] for n in (None, LENGTH * B))
+    torch.testing.assert_close(counted, said)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU works while the host goes on")
 @pytest.mark.parametrize("large", [False, True], ids=["logits", "statistics"])
 @pytest.mark.parametrize("model", MODELS)
-def test_on_a_gpu_a_step_and_the_refill_before_it_never_wait(model, large):
-    """CUDA's own debug mode is the judge."""
+def test_on_a_gpu_no_value_is_looked_at_by_a_step_and_the_refill_before_it(model, large):
+    """CUDA's own debug mode is the judge; it lets a wait for an event pass."""
 
     def strictly(function):
         def call(*args, **kwargs):
-            torch.cuda.set_sync_debug_mode("error")
+            # In the first step Lightning makes what it will log to.
+            torch.cuda.set_sync_debug_mode("error" if step.global_step else "default")
             try:
                 return function(*args, **kwargs)
             finally:
@@ -104,3 +116,23 @@ def test_on_a_gpu_a_step_and_the_refill_before_it_never_wait(model, large):
         enable_progress_bar=False, callbacks=[Strict()],
     )  # fmt: skip
     trainer.fit(step, DataLoader([{"input_ids": row, "prompt_mask": given} for row in x0], batch_size=B, shuffle=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU works while the host goes on")
+def test_on_a_gpu_the_refill_does_not_wait_for_what_was_queued_after_advance():
+    """Such as the backward pass: the host is through before a long kernel queued after ``advance`` is."""
+    device = torch.device("cuda")
+    rows = DataLoader([{"input_ids": row} for row in torch.randint(MASK, (64, LENGTH))], batch_size=B)
+    stream = Stream(CleanSequences(rows, MASK, V), ProgressiveUnmasking(2), MASK, B, 100, device=device)
+    logits = torch.randn(B, LENGTH, V, device=device)
+    for _ in stream:
+        stream.advance(logits, 0)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(10**9)
+        slept = torch.cuda.Event()
+        slept.record()
+        batch, number = stream.peek(), stream._on_host[0]()[1].sum()
+        assert not slept.query()
+        assert number == (batch["xt"] == MASK).sum().cpu()
+        if stream.step == 6:
+            break

@@ -93,8 +93,15 @@ class KeyValueCache:
         """A cache of these rows ``(n,)`` of the batch alone."""
         cache = KeyValueCache(self.capacity)
         cache.length = self.length
-        cache.layers = [(k[rows], v[rows]) for k, v in self.layers]
+        for keys, values in self.layers:
+            cache.layers.append((self._rows(keys, rows), self._rows(values, rows)))
         return cache
+
+    def _rows(self, held: Tensor, rows: Tensor) -> Tensor:
+        chosen = held.new_empty(len(rows), *held.shape[1:])
+        # What is not filled yet need not be copied.
+        chosen[:, :, : self.length] = held[rows, :, : self.length]
+        return chosen
 
 
 class Attention(nn.Module):

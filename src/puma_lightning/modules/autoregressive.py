@@ -11,7 +11,7 @@ from puma_lightning.data.base import Batch
 from puma_lightning.forward_process import NoMasking
 from puma_lightning.losses import next_token_cross_entropy, trained_positions
 from puma_lightning.models.transformer import KeyValueCache
-from puma_lightning.modules.generative import GenerativeModule
+from puma_lightning.modules.generative import GenerativeModule, true_positions
 from puma_lightning.optim import WarmupCosine
 from puma_lightning.output_layer import linear_cross_entropy
 from puma_lightning.sampling import LeftToRightSampler, Sample
@@ -77,7 +77,7 @@ class AutoregressiveLM(GenerativeModule):
         head = self.head()
         if head is None:
             return next_token_cross_entropy(self(x0), x0, trained), trained
-        index = trained.flatten().nonzero().squeeze(1)
+        index = true_positions(trained)
         states = self.align(self.backbone.hidden_states(x0)).flatten(0, 1)[index]  # type: ignore[operator]
         weights = torch.full_like(index, 1 / max(1, len(index)), dtype=torch.float)
         target = x0.flatten()[index]

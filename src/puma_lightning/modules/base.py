@@ -314,8 +314,8 @@ class StreamedModule(pl.LightningModule):
     def check_finite(self, loss: Tensor) -> None:
         """Stop the run at a NaN or infinite loss, before it reaches the weights or a checkpoint.
 
-        On an accelerator looking at the loss would make the host wait, so there it is looked at when Lightning
-        logs, and before every checkpoint.
+        On an accelerator looking at the loss would make the host wait, so there it is looked at in the steps that
+        Lightning logs, and before every checkpoint.
 
         Raises:
             ValueError: If the loss is not finite; names the step and the last good checkpoint.
@@ -323,7 +323,7 @@ class StreamedModule(pl.LightningModule):
         finite = loss.detach().isfinite()
         self._all_finite = finite if self._all_finite is None else self._all_finite & finite
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = loss.device.type == "cpu" or (every and self.global_step % every == 0)
+        due = loss.device.type == "cpu" or (every and (self.global_step + 1) % every == 0)
         if due and not self._all_finite:
             self._stop_at_non_finite()
 

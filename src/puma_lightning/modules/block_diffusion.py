@@ -102,7 +102,9 @@ class BlockDiffusion(MaskedDiffusion):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass gives the loss of all blocks and moves their chains."""
         self.trained_in = self.block_size_of(batch)
-        self.log("train/block_size", float(self.trained_in), batch_size=len(batch["xt"]))
+        # Of a number Lightning would make a tensor by a copy that waits for the device.
+        block_size = torch.full((), float(self.trained_in), device=self.device)
+        self.log("train/block_size", block_size, batch_size=len(batch["xt"]))
         return super().training_step(batch, batch_idx)
 
     def check_sampler(self, sampler: AnySampler) -> None:

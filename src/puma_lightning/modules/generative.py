@@ -67,6 +67,13 @@ class GenerativeModule(StreamedModule):
         large = self.large_vocabulary is not None and self.vocab_size >= self.large_vocabulary
         return head if known and (large or any_vocabulary) else None
 
+    def select(self, rows: Tensor) -> "GenerativeModule":
+        """The model for these rows (n,) of a batch alone: itself, because it looks at each row on its own.
+
+        To be overridden by a model that knows more of the rows of a batch than is in xt.
+        """
+        return self
+
     @property
     def static_shapes(self) -> bool:
         """Whether parts of the backbone are compiled, so that a batch of another size may be compiled for anew."""

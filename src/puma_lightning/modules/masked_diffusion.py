@@ -98,7 +98,7 @@ class MaskedDiffusion(GenerativeModule):
             block_size: L, or the length of the blocks of a block model.
             weights: What each block counts for, (B * L / block size,) float.
             reads: The statistics wanted of the predictions; None for logits.
-            num_masked: Masked positions of all sequences together; without it the host may wait for the device.
+            num_masked: Masked positions of all sequences together. Without it the host waits for a GPU to count them.
 
         Returns:
             The loss, () float32, and the predictions without gradient: logits (B, L, V) or statistics, (B, L) each.
@@ -111,7 +111,7 @@ class MaskedDiffusion(GenerativeModule):
             return (masked_cross_entropy(*rows) * weights).sum(), logits.detach()
         index = true_positions(masked, num_masked)
         number = cut_blocks(masked, block_size).sum(1)
-        each = (weights / number.clamp_min(1)).repeat_interleave(block_size)
+        each = (weights / number.clamp_min(1)).repeat_interleave(block_size) * masked.flatten()
         states = self.aligned_states(xt, x0, block_size).flatten(0, 1)
         loss, found = linear_cross_entropy(
             states[index], head.weight, x0.flatten()[index], each[index], head.bias, self.mask_id, reads
@@ -132,8 +132,8 @@ class MaskedDiffusion(GenerativeModule):
         counted = cut_blocks(xt == self.mask_id, block_size).any(1)
         # In float32 whatever the default dtype, which a Trainer in half precision changes.
         weights = counted.float() / counted.sum()
-        reads, num_masked = self.forward_process.reads(), self.stream.num_masked
-        loss, predictions = self.loss(xt, x0, block_size, weights, reads, num_masked)
+        known = {"num_masked": self.stream.num_masked} if xt.is_cuda else {}
+        loss, predictions = self.loss(xt, x0, block_size, weights, self.forward_process.reads(), **known)
         self.check_finite(loss)
         self.stream.advance(predictions, self.global_step)
         self.log("train/loss", loss, prog_bar=True, batch_size=xt.shape[0])
