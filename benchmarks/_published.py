@@ -17,8 +17,8 @@ LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn.": "self_attn.",
     "mlp_norm": "post_attention_layernorm",
-    "mlp.w1": "mlp.gate_proj",
-    "mlp.w2": "mlp.up_proj",
+    "mlp.w1": "mlp.up_proj",
+    "mlp.w2": "mlp.gate_proj",
     "mlp.w3": "mlp.down_proj",
 }
 NAMES = {"emb.weight": "embed_tokens.weight", "final_norm.weight": "norm.weight", "lm_head.weight": "lm_head.weight"}

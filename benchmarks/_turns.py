@@ -70,12 +70,12 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     named = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, 4) for name, value in named.items()}
+    return {name: round(value, 6) for name, value in named.items()}
 
 
 def peak_memory_of(side: str) -> dict[str, float]:
     """This script again, which is to print ``peak_memory`` when it is given ``--memory-of SIDE``."""
-    words = [sys.executable, *sys.argv, "--memory-of", side]
+    words = [sys.executable, *sys.argv, "--memory-of", side]  # argv[0] is the script
     child = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
     print(f"peak memory, {side}: {found}", flush=True)
@@ -85,6 +85,9 @@ def peak_memory_of(side: str) -> dict[str, float]:
 def peak_memory(run: Callable[[], object], device: str = "cpu") -> dict[str, float]:
     """Of this process, which should have done nothing else: in all, and above what was there before the run."""
     if device == "cpu":
+        forget = Path("/proc/self/clear_refs")
+        if forget.exists():
+            forget.write_text("5")  # the peak so far, which may be of memory that is free again
         before = resident_peak()
         run()
         peak = resident_peak()

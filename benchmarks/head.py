@@ -12,8 +12,10 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import _published
 import _report
 import _turns
 import torch
@@ -96,7 +98,18 @@ def textbook(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return loss.detach(), confidence[masked]
 
 
-OURS, TEXTBOOK = "ours", "textbook"
+def published(progressive: ModuleType, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The same by the published loss, and the maximum that its chain goes by."""
+    log_probs = F.linear(inputs.hidden, inputs.weight).log_softmax(-1)
+    xt = inputs.x0.masked_fill(inputs.masked, inputs.mask_id)
+    loss = progressive.mdm_loss_fn(
+        log_probs, inputs.x0, xt, inputs.mask_id, prompt_mask=torch.zeros_like(inputs.masked)
+    )
+    loss.backward()
+    return loss.detach(), log_probs.detach().max(2)[0].exp()[inputs.masked]
+
+
+OURS, TEXTBOOK, PUBLISHED = "ours", "textbook", "published"
 SIDES: dict[str, Callable[[Inputs], tuple[Tensor, Tensor]]] = {OURS: ours, TEXTBOOK: textbook}
 
 
@@ -150,6 +163,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", choices=PRECISIONS, default="32", help="of autocast; 32 is none")
     parser.add_argument("--threads", type=int, help="CPU threads; default what PyTorch chooses")
+    parser.add_argument("--reference", type=Path, help="a checkout of JaeyeonKim01/PUMA, to compare with it too")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/head.json"))
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -158,6 +172,8 @@ def main() -> None:
     shape = Shape(
         args.batch_size, args.length, args.masked, args.vocab_size, args.hidden_size, args.device, args.precision
     )
+    if args.reference:
+        SIDES[PUBLISHED] = partial(published, _published.load(args.reference, "progressive"))
     full = replace(shape, batch_size=args.full_batch_size)
     if args.memory_of:
         size, side = args.memory_of.split(",")

@@ -7,14 +7,13 @@ AdamW and Lightning's own work. After each round the others take a step, without
 """
 
 import argparse
-import copy
 import json
 import logging
 import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,14 +56,17 @@ class Shape:
     batch_size: int
     num_stages: int
     tied: bool = False
+    learning_rate: float = 3e-4
+    compile: bool = False
 
 
 SHAPES = {
     "quickstart": Shape(128, 384, 4, 4, False, 8, 36, 13, 64, 6),
     "sudoku": Shape(256, 768, 8, 8, True, 11, 162, 81, 32, 8),
     # As configs/tinygsm/puma.yaml, with fewer layers, a smaller vocabulary and shorter sequences; and the thing itself.
-    "tinygsm_small": Shape(512, 1536, 4, 8, False, 50_258, 256, 64, 4, 12, True),
-    "tinygsm": Shape(512, 1536, 14, 8, False, 151_645, 512, 128, 32, 12, True),
+    # They learn nothing: what a step costs depends on how much is masked, and so on how sure a model is.
+    "tinygsm_small": Shape(512, 1536, 4, 8, False, 50_258, 256, 64, 4, 12, True, 0.0),
+    "tinygsm": Shape(512, 1536, 14, 8, False, 151_645, 512, 128, 32, 12, True, 0.0),
 }
 
 
@@ -90,9 +92,10 @@ class Textbook:
     """PUMA's step written down plainly: logits of all positions, their log-softmax, autograd."""
 
     def __init__(self, shape: Shape, backbone: TransformerBackbone, steps: int) -> None:
-        self.backbone = copy.deepcopy(backbone)
+        self.backbone = backbone
         self.mask_id = shape.vocab_size - 1
-        self.optimizer = torch.optim.AdamW(self.backbone.parameters(), lr=3e-4, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.backbone.parameters(), lr=shape.learning_rate, weight_decay=0.01)
+        self.masked: list[float] = []
         loader = DataLoader(Rows(shape, shape.batch_size * steps), batch_size=shape.batch_size)
         supply = CleanSequences(loader, self.mask_id, shape.vocab_size)
         process = ProgressiveUnmasking(shape.num_stages, threshold=TAU)
@@ -112,6 +115,7 @@ class Textbook:
         torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), 1.0)
         self.optimizer.step()
         self.stream.advance(logits.detach(), 0)
+        self.masked.append(float(masked.float().mean()))
 
 
 class Published:
@@ -120,8 +124,9 @@ class Published:
     def __init__(self, shape: Shape, backbone: TransformerBackbone, steps: int, reference: Path) -> None:
         self.progressive = _published.load(reference, "progressive")
         self.model = _published.backbone(reference, backbone)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=shape.learning_rate, weight_decay=0.01)
         self.mask_id = shape.vocab_size - 1
+        self.masked: list[float] = []
         rows = Rows(shape, shape.batch_size * steps)
         loader: DataLoader[Any] = DataLoader(
             [{"labels": row["input_ids"], "prompt_mask": row["prompt_mask"]} for row in map(rows.__getitem__, range(4))]
@@ -141,6 +146,7 @@ class Published:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        self.masked.append(float((self.pool.xt == self.mask_id).float().mean()))
         self.pool.update_with_logits(log_probs)
         loss.item()  # its progress bar shows it in every step
 
@@ -170,6 +176,7 @@ class InTurn:
                 self.fetch = now(self.module.device) - start
                 self.current = name
                 self.module.stream = self.streams[name]
+                self.module.forward_process = self.module.processes[name]
                 yield batch
 
 
@@ -193,9 +200,12 @@ class InTurnModule(MaskedDiffusion):
 class Stopwatch(pl.Callback):
     """Seconds of every step, of its fetch, and of processor time: what other processes take is not in the last."""
 
-    def __init__(self, warmup: int, progress: "tqdm[Any]", others: dict[str, Callable[[], None]]) -> None:
+    def __init__(
+        self, warmup: int, progress: "tqdm[Any]", others: "dict[str, Textbook | Published]", half: bool
+    ) -> None:
         self.warmup = warmup
         self.others = others
+        self.half = half
         self.progress = progress
         self.step: dict[str, list[float]] = {}
         self.fetch: dict[str, list[float]] = {}
@@ -216,18 +226,18 @@ class Stopwatch(pl.Callback):
             masked = (batch["xt"] == module.mask_id).float().mean()
             self.masked.setdefault(in_turn.current, []).append(float(masked))
         if (batch_idx + 1) % len(in_turn.streams) == 0:
-            # Lightning has gradients off here.
-            with torch.enable_grad():
-                self.take_others(module.device, counted=batch_idx >= self.warmup * len(in_turn.streams))
+            self.take_others(module.device, counted=batch_idx >= self.warmup * len(in_turn.streams))
         self.progress.update()
         self.last, self.last_cpu = now(module.device), time.process_time()
 
     def take_others(self, device: torch.device, counted: bool) -> None:
-        for name, step in self.others.items():
-            seconds, cpu = _turns.timed(step, device.type)
+        for name, other in random.sample(list(self.others.items()), len(self.others)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
+                seconds, cpu = _turns.timed(other.step, device.type)
             if counted:
                 self.step.setdefault(name, []).append(seconds)
                 self.cpu.setdefault(name, []).append(cpu)
+                self.masked.setdefault(name, []).append(other.masked[-1])
 
 
 def now(device: torch.device) -> float:
@@ -247,6 +257,7 @@ def build(shape: Shape, device: torch.device) -> TransformerBackbone:
         qkv_bias=shape.qkv_bias,
         tie_embeddings=shape.tied,
         max_length=shape.length,
+        compile=shape.compile,
     ).to(device)
 
 
@@ -270,20 +281,23 @@ def run(
     processes = {name: process for name, process in possible.items() if name in sides}
     total = rounds + warmup
     device = torch.device("cuda" if accelerator == "gpu" else "cpu")
-    backbone = build(shape, device)
-    others: dict[str, Callable[[], None]] = {}
+    plain = replace(shape, compile=False)
+    others: dict[str, Textbook | Published] = {}
     if TEXTBOOK in sides:
-        others[TEXTBOOK] = autocast(Textbook(shape, backbone, total).step, device, precision)
+        others[TEXTBOOK] = Textbook(shape, build(plain, device), total)
     if PUBLISHED in sides:
         assert reference is not None
-        others[PUBLISHED] = autocast(Published(shape, backbone, total, reference).step, device, precision)
+        others[PUBLISHED] = Published(shape, build(plain, device), total, reference)
     with tqdm(total=total * max(1, len(processes)), desc=label, unit="step", mininterval=1) as progress:
-        stopwatch = Stopwatch(warmup, progress, others)
+        stopwatch = Stopwatch(warmup, progress, others, precision == "bf16-mixed")
         if not processes:
             for _ in range(total):
                 stopwatch.take_others(device, counted=True)
             return stopwatch
-        module = InTurnModule(processes, total, backbone=backbone, mask_id=shape.vocab_size - 1, scheduler=None)
+        module = InTurnModule(
+            processes, total, backbone=build(shape, device), mask_id=shape.vocab_size - 1, scheduler=None,
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=shape.learning_rate, fused=True),
+        )  # fmt: skip
         rows = Rows(shape, shape.batch_size * total)
         trainer = pl.Trainer(
             accelerator=accelerator, devices=1, precision=precision, max_epochs=1, gradient_clip_val=1.0,
@@ -292,16 +306,6 @@ def run(
         )  # fmt: skip
         trainer.fit(module, DataLoader(rows, batch_size=shape.batch_size))
     return stopwatch
-
-
-def autocast(step: Callable[[], None], device: torch.device, precision: str) -> Callable[[], None]:
-    """A step in the precision that the Trainer would use."""
-
-    def run() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-            step()
-
-    return run
 
 
 def measure(
@@ -354,7 +358,10 @@ def measure(
             for name, result in results.items()
             if name != BASELINE
         },
-        "compared": _turns.compared(*({name: times[i] for name, times in compared.items()} for i in (0, 1))),
+        "compared": {
+            **_turns.compared(*({name: times[i] for name, times in compared.items()} for i in (0, 1))),
+            "masked_share": {name: round(statistics.mean(stopwatch.masked[name]), 4) for name in compared},
+        },
     }
 
 
@@ -380,14 +387,16 @@ def spread(values: list[float], scale: float) -> dict[str, float]:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["quickstart", "sudoku", "tinygsm_small"])
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["quickstart", "sudoku", "tinygsm_small"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", default="32-true", help="as the Trainer names it")
-    parser.add_argument("--rounds", type=int, help="rounds timed; default 60 for quickstart and on CUDA, else 10")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
+    parser.add_argument("--compile", action="store_true", help="the layers of our model, with torch.compile")
+    parser.add_argument("--rounds", type=int, help="rounds timed; default 60 for quickstart and on CUDA, else 24")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before these")
     parser.add_argument("--threads", type=int, help="CPU threads; default what PyTorch chooses")
     parser.add_argument("--reference", type=Path, help="a checkout of JaeyeonKim01/PUMA, to compare with it too")
-    parser.add_argument("--memory-batch-sizes", type=int, nargs="*", default=[4, 32], help="of tinygsm_small")
+    parser.add_argument("--memory-shape", choices=SHAPES, default="tinygsm_small", help="whose memory is measured")
+    parser.add_argument("--memory-batch-sizes", type=int, nargs="*", default=[4, 32])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_step.json"))
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser
@@ -404,8 +413,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="lightning.*")
     accelerator = "gpu" if args.device == "cuda" else "cpu"
     if args.memory_of:
-        name, batch_size, side = args.memory_of.split(",")
-        shape = replace(SHAPES[name], batch_size=int(batch_size))
+        batch_size, side = args.memory_of.split(",")
+        shape = replace(SHAPES[args.memory_shape], batch_size=int(batch_size), compile=args.compile)
         # Two steps: AdamW's moments come with the first.
         steps = partial(run, shape, 2, 0, accelerator, args.precision, side, {side}, args.reference)
         print(json.dumps(_turns.peak_memory(steps, args.device)))
@@ -413,17 +422,15 @@ def main() -> None:
 
     others = [TEXTBOOK, *([PUBLISHED] if args.reference else [])]
     memory = {
-        f"{name}, batch of {size}": {
-            side: _turns.peak_memory_of(f"{name},{size},{side}") for side in (THRESHOLD, *others)
+        f"{args.memory_shape}, batch of {size}": {
+            side: _turns.peak_memory_of(f"{size},{side}") for side in (THRESHOLD, *others)
         }
-        for name in args.shapes
-        if name.startswith("tinygsm")
         for size in args.memory_batch_sizes
     }
     shapes = {}
     for name in args.shapes:
-        rounds = args.rounds or (10 if name != "quickstart" and args.device == "cpu" else 60)
-        shape = SHAPES[name]
+        rounds = args.rounds or (24 if name != "quickstart" and args.device == "cpu" else 60)
+        shape = replace(SHAPES[name], compile=args.compile)
         shapes[name] = measure(shape, rounds, args.warmup, accelerator, args.precision, name, others, args.reference)
     report = {
         "command": _report.command_line(),

@@ -29,7 +29,7 @@ def test_both_sides_compute_the_same(head):
 def test_everything_is_reported(head, monkeypatch, tmp_path):
     out = tmp_path / "head.json"
     words = ["--length", "16", "--vocab-size", "101", "--hidden-size", "8", "--full-batch-size", "4", "--rounds", "2"]
-    monkeypatch.setattr(sys, "argv", ["head.py", *words, "--threads", "1", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "head.py"), *words, "--threads", "1", "--out", str(out)])
     head.main()
     report = json.loads(out.read_text())
     for side in ("ours", "textbook"):
