@@ -1,6 +1,7 @@
 """Progressive unmasking (PUMA) for masked diffusion models, in PyTorch Lightning."""
 
 from puma_lightning.callbacks import (
+    ChainDiagnostics,
     GenerationEvaluation,
     PredictionWriter,
     StepProgressBar,
@@ -26,6 +27,7 @@ __all__ = [
     "BlockDiffusion",
     "BlockSampler",
     "CellAccuracy",
+    "ChainDiagnostics",
     "Confidence",
     "Entropy",
     "ForwardProcess",

@@ -1,6 +1,6 @@
 """Drawings of sequences on their way from masked to clean."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -48,6 +48,39 @@ def draw_reveal_order(panels: Sequence[Sequence[Panel]], titles: Sequence[str], 
     bar.set_label("revealed by forward pass", fontsize=8)
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def draw_chains(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw what chains did over training: their mismatch with sampling, loss, reveals and length.
+
+    Args:
+        history: What ``ChainDiagnostics`` logged at each validation, with ``step``, the optimizer step.
+
+    Returns:
+        The figure.
+    """
+    parts = sorted({name for entry in history for name in entry if name.startswith("loss_")})
+    panels: dict[str, dict[str, str]] = {
+        "mismatch with the sampler's masks": {"mismatch": ""},
+        "loss (nats per token), early to late in the chain": {name: name.removeprefix("loss_") for name in parts},
+        "positions revealed in a step": {"by_count": "by count", "by_threshold": "above the threshold"},
+        "steps of a chain": {"length": ""},
+    }
+    figure = Figure(figsize=(9.0, 5.6), layout="constrained")
+    for axis, (title, lines) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for place, (name, label) in enumerate(lines.items()):
+            seen = [entry for entry in history if name in entry]
+            color = COLORMAP(0.15 + 0.85 * place / max(1, len(lines) - 1)) if len(lines) > 1 else COLORMAP(0.6)
+            steps, values = [entry["step"] for entry in seen], [entry[name] for entry in seen]
+            axis.plot(steps, values, marker="o", markersize=3, color=color, label=label or None)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("optimizer step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            axis.legend(fontsize=7)
     return figure
 
 

@@ -1,0 +1,192 @@
+"""What the chains do while a model trains on them, and how far their masks are from those that sampling meets."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from puma_lightning.forward_process import Slots
+from puma_lightning.losses import negative_log_likelihood
+from puma_lightning.modules.masked_diffusion import MaskedDiffusion
+from puma_lightning.plots import draw_chains
+from puma_lightning.sampling import AnySampler
+from puma_lightning.unmasking import Confidence, Prediction, cut_blocks, score
+
+
+class ChainDiagnostics(Callback):
+    """Logs at every validation what the chains did since the last, and draws ``chains.png`` in the log directory.
+
+    - ``chain/mismatch``: how far the masks trained on are from those the sampler meets, see ``mismatch``: about 1 for
+      random masks, 0 if they are the sampler's own. It costs sampling once from the prompts of the next batch.
+    - ``chain/loss_1``, ``chain/loss_2``, ...: the training loss early to late in the chain, nats per token.
+    - ``chain/by_count``, ``chain/by_threshold``: positions revealed in a step of a chain, by the target count alone and
+      above the threshold.
+    - ``chain/length``: training steps of the chains that ended, of those whose start was seen.
+    - ``chain/sequences``: clean sequences taken since the start of training, all processes together.
+
+    Args:
+        sampler: Whose masks are compared with; null for the model's own sampler.
+        num_sequences: At most so many sequences of the next batch have their masks compared, in each process.
+        num_parts: Parts of the chain to tell the loss of.
+
+    Raises:
+        ValueError: If a number is below 1, or (when training starts) the model has no chains.
+    """
+
+    def __init__(self, sampler: AnySampler | None = None, num_sequences: int = 64, num_parts: int = 4) -> None:
+        for name, number in (("num_sequences", num_sequences), ("num_parts", num_parts)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        self.sampler = sampler
+        self.num_sequences = num_sequences
+        self.num_parts = num_parts
+        self.path: Path | None = None
+        self.history: list[dict[str, float]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._ages: dict[int, Tensor] = {}
+        self._threshold: float | None = None
+        self._mask_id = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch the stream."""
+        if not isinstance(pl_module, MaskedDiffusion):
+            raise ValueError(f"ChainDiagnostics needs a diffusion model, got {type(pl_module).__name__}")
+        self.history = [past for past in self.history if past["step"] <= trainer.global_step]
+        self._sums, self._ages = {}, {}
+        self._threshold = getattr(pl_module.forward_process, "threshold", None)
+        self._mask_id = pl_module.mask_id
+        pl_module.stream.observers.append(self._observe)
+
+    def _observe(self, group: int, before: Slots, predictions: Tensor | Prediction, after: Slots) -> None:
+        """Add up what a step did; sums stay on the device."""
+        running = ~before.done
+        masked = before.xt == self._mask_id
+        if isinstance(predictions, Tensor):
+            nll = negative_log_likelihood(predictions, before.x0)
+        else:
+            assert predictions.nll is not None
+            nll = predictions.nll
+        loss = (nll * masked).sum(1) / masked.sum(1).clamp_min(1)
+        part = before.stage * self.num_parts // before.num_stages
+        counted = running & masked.any(1)
+        for name, values in (("loss", loss * counted), ("chains", counted.float())):
+            self._add(name, values.new_zeros(self.num_parts).index_add(0, part, values))
+
+        goes_on = running & ~after.done
+        revealed = masked & (after.xt != self._mask_id) & goes_on[:, None]
+        confident = torch.zeros_like(masked)
+        if self._threshold is not None:
+            confident = score(Confidence(), predictions, before.xt) > self._threshold
+        self._add("by_count", (revealed & ~confident).sum().float())
+        self._add("by_threshold", (revealed & confident).sum().float())
+        self._add("steps", goes_on.sum().float())
+
+        age = self._ages.get(group)
+        if age is None or age.shape != before.done.shape:
+            # When these chains started was not seen.
+            age = torch.full_like(loss, float("nan"))
+        age = age + running
+        ended = running & after.done
+        self._add("length", age.masked_fill(~ended, 0).nansum())
+        self._add("ended", (ended & ~age.isnan()).sum().float())
+        self._ages[group] = age.masked_fill(after.done, 0)
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self._sums[name] = self._sums[name] + values if name in self._sums else values
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log, draw, and start adding up anew."""
+        if not self._sums or trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, MaskedDiffusion)
+        kept, possible = self._agreement(trainer, pl_module)
+        sums = {**self._sums, "kept": kept, "possible": possible}
+        self._sums = {}
+        sums = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
+        entry = {f"loss_{i + 1}": loss for i, loss in enumerate((sums["loss"] / sums["chains"]).tolist())}
+        entry["by_count"] = float(sums["by_count"] / sums["steps"])
+        entry["by_threshold"] = float(sums["by_threshold"] / sums["steps"])
+        entry["length"] = float(sums["length"] / sums["ended"])
+        entry["mismatch"] = float(1 - sums["kept"] / sums["possible"])
+        entry["sequences"] = float(pl_module.stream.sequences.position * trainer.world_size)
+        entry = {name: value for name, value in entry.items() if value == value}
+        for name, value in entry.items():
+            pl_module.log(f"chain/{name}", value)
+        self.history.append({"step": trainer.global_step, **entry})
+        self._draw(trainer)
+
+    def _agreement(self, trainer: pl.Trainer, module: MaskedDiffusion) -> tuple[Tensor, Tensor]:
+        """See ``agreement``, of the boards that are trained on next."""
+        batch = {name: rows[: self.num_sequences] for name, rows in module.stream.peek().items()}
+        x0, prompt_mask = batch["input_ids"], batch["prompt_mask"]
+        with trainer.precision_plugin.forward_context():
+            sample = module.sample(x0, prompt_mask, self.sampler, module.evaluation_generator(0, 0))
+        cut = partial(cut_blocks, block_size=module.block_size_of(batch))
+        reveal_step = sample.reveal_step[:, : x0.shape[1]]
+        return agreement(cut(batch["xt"] == module.mask_id), cut(prompt_mask), cut(reveal_step))
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        folder = trainer.log_dir  # asks all ranks, so it must not be left to rank 0
+        if folder is None or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        figure = self.draw()
+        self.path = Path(folder) / "chains.png"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.path, dpi=120)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("chains", figure, trainer.global_step)
+
+    def draw(self) -> Figure:
+        """The picture of the validations seen so far."""
+        return draw_chains(self.history)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been logged, so that a resumed run goes on with the same picture."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the picture of a checkpoint."""
+        self.history = state_dict["history"]
+
+
+def mismatch(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> float:
+    """How far masks are from those that a sampler meets on its way from the same prompts.
+
+    A mask with n revealed positions is compared with the first n positions that the sampler reveals. Of the positions
+    they share, those that n uniformly chosen ones would share on average are taken off, and what is left is
+    divided by the most that could be left, over all sequences. So it is 0 if the masks are the sampler's own, and 1
+    on average if they are random; above 1 if they reveal first what the sampler reveals last.
+
+    Args:
+        masked: True where a position is masked, (B, L) bool.
+        prompt_mask: True where a position is given, (B, L) bool.
+        reveal_step: When the sampler revealed each position, -1 where given, (B, L) int64.
+
+    Returns:
+        The mismatch; NaN if nothing or everything is masked in all sequences.
+    """
+    kept, possible = agreement(masked, prompt_mask, reveal_step)
+    return float(1 - kept / possible)
+
+
+def agreement(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``mismatch`` divides: positions shared beyond chance, and the most there could be; both summed, () float."""
+    answer = ~prompt_mask
+    revealed = answer & ~masked
+    length, number = answer.sum(1).float(), revealed.sum(1).float()
+    # How many are revealed in earlier passes, and in the same; of the pass that n falls into, each counts in part.
+    step = reveal_step.masked_fill(prompt_mask, reveal_step.max() + 1)
+    ordered = step.sort(dim=1).values
+    earlier = torch.searchsorted(ordered, step).float()
+    same = torch.searchsorted(ordered, step, right=True).float() - earlier
+    share = ((number[:, None] - earlier) / same).clamp(0, 1)
+    chance = number * number / length.clamp_min(1)
+    kept = (share * revealed).sum(1) - chance
+    return kept.sum(), (number - chance).sum()
