@@ -76,11 +76,15 @@ def test_every_config_runs(config):
     assert {path.name for path in Path().iterdir()} <= {"cache"}  # a trial run leaves nothing behind
 
 
-def test_baseline_and_puma_differ_in_one_block():
-    mdm, puma = (yaml.safe_load((CONFIGS / "sudoku" / f"{name}.yaml").read_text()) for name in ("mdm", "puma"))
-    for config, name in ((mdm, "mdm"), (puma, "puma")):
+@pytest.mark.parametrize("size", ["", "small_"])
+def test_baseline_and_puma_differ_in_one_block(size):
+    names = (f"{size}mdm", f"{size}puma")
+    mdm, puma = (yaml.safe_load((CONFIGS / "sudoku" / f"{name}.yaml").read_text()) for name in names)
+    for config, name in zip((mdm, puma), names, strict=True):
         process = config["model"]["init_args"].pop("forward_process")
-        assert process["class_path"] == {"mdm": "RandomMasking", "puma": "ProgressiveUnmasking"}[name]
+        assert (
+            process["class_path"] == {"mdm": "RandomMasking", "puma": "ProgressiveUnmasking"}[name.removeprefix(size)]
+        )
         for logger in config["trainer"]["logger"]:
             assert logger["init_args"].pop("name") == f"sudoku/{name}"
     assert mdm == puma

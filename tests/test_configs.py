@@ -46,13 +46,13 @@ def test_tinygsm(path):
         assert data["min_answer_length"] == 42  # room for the last K
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "sudoku").glob("*.yaml")), ids=lambda path: path.stem)
-def test_sudoku(path):
-    model, data, trainer = load(path)
+@pytest.mark.parametrize("name", ["mdm", "puma"])
+def test_sudoku(name):
+    model, data, trainer = load(CONFIGS / "sudoku" / f"{name}.yaml")
     sizes = {"hidden_size": 256, "num_layers": 8, "num_heads": 8, "intermediate_size": 768}
     assert_holds(model["backbone"]["init_args"], sizes)
     assert_holds(data, {"order": 9, "batch_size": 32})
     assert_optimised_as_in_the_paper(model, trainer)
     assert not [c for c in trainer["callbacks"] if c["class_path"] == "EMAWeightAveraging"]
-    if path.stem == "puma":
+    if name == "puma":
         assert model["forward_process"]["init_args"] == {"num_stages": 8, "policy": "Confidence", "threshold": None}
