@@ -36,6 +36,7 @@ from puma_lightning.stream import Stream
 
 BASELINE = "RandomMasking"
 PUMA, THRESHOLD = "PUMA", "PUMA tau=0.9"
+RECOMPUTED = "PUMA tau=0.9, activations recomputed"
 TEXTBOOK, PUBLISHED = "textbook", "published"
 TAU = 0.9
 OVERHEAD = 1.05  # what a PUMA step may cost, in steps of the baseline
@@ -58,6 +59,7 @@ class Shape:
     tied: bool = False
     learning_rate: float = 3e-4
     compile: bool = False
+    activation_checkpointing: bool = False
 
 
 SHAPES = {
@@ -258,6 +260,7 @@ def build(shape: Shape, device: torch.device) -> TransformerBackbone:
         tie_embeddings=shape.tied,
         max_length=shape.length,
         compile=shape.compile,
+        activation_checkpointing=shape.activation_checkpointing,
     ).to(device)
 
 
@@ -344,7 +347,7 @@ def measure(
     compared = {name: (stopwatch.step[name], stopwatch.cpu[name]) for name in (THRESHOLD, *others)}
     return {
         "shape": asdict(shape),
-        "parameters": sum(p.numel() for p in build(shape, torch.device("meta")).parameters()),
+        "parameters": sum(p.numel() for p in build(shape, torch.device("cpu")).parameters()),
         "rounds": rounds,
         "warmup_rounds": warmup,
         "results": results,
@@ -413,8 +416,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="lightning.*")
     accelerator = "gpu" if args.device == "cuda" else "cpu"
     if args.memory_of:
-        batch_size, side = args.memory_of.split(",")
+        batch_size, side = args.memory_of.split(",", 1)
         shape = replace(SHAPES[args.memory_shape], batch_size=int(batch_size), compile=args.compile)
+        if side == RECOMPUTED:
+            shape, side = replace(shape, activation_checkpointing=True), THRESHOLD
         # Two steps: AdamW's moments come with the first.
         steps = partial(run, shape, 2, 0, accelerator, args.precision, side, {side}, args.reference)
         print(json.dumps(_turns.peak_memory(steps, args.device)))
@@ -423,7 +428,7 @@ def main() -> None:
     others = [TEXTBOOK, *([PUBLISHED] if args.reference else [])]
     memory = {
         f"{args.memory_shape}, batch of {size}": {
-            side: _turns.peak_memory_of(f"{size},{side}") for side in (THRESHOLD, *others)
+            side: _turns.peak_memory_of(f"{size},{side}") for side in (THRESHOLD, RECOMPUTED, *others)
         }
         for size in args.memory_batch_sizes
     }
