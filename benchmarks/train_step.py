@@ -399,6 +399,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads; default what PyTorch chooses")
     parser.add_argument("--reference", type=Path, help="a checkout of JaeyeonKim01/PUMA, to compare with it too")
     parser.add_argument("--memory-shape", choices=SHAPES, default="tinygsm_small", help="whose memory is measured")
+    parser.add_argument("--recompute", action="store_true", help="our memory with activation_checkpointing too")
     parser.add_argument("--memory-batch-sizes", type=int, nargs="*", default=[4, 32])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_step.json"))
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -428,7 +429,8 @@ def main() -> None:
     others = [TEXTBOOK, *([PUBLISHED] if args.reference else [])]
     memory = {
         f"{args.memory_shape}, batch of {size}": {
-            side: _turns.peak_memory_of(f"{size},{side}") for side in (THRESHOLD, RECOMPUTED, *others)
+            side: _turns.peak_memory_of(f"{size},{side}")
+            for side in (THRESHOLD, *([RECOMPUTED] if args.recompute else []), *others)
         }
         for size in args.memory_batch_sizes
     }

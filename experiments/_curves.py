@@ -31,7 +31,7 @@ def first_reach(curve: Curve, level: float) -> float | None:
     before: tuple[int, float] | None = None
     for step, value in sorted(curve.items()):
         if value >= level:
-            if before is None or value == before[1]:
+            if before is None:
                 return float(step)
             return before[0] + (step - before[0]) * (level - before[1]) / (value - before[1])
         before = (step, value)
@@ -45,8 +45,9 @@ def speed_up(baseline: Sequence[Curve], other: Sequence[Curve], resamples: int =
     and 97.5th percentile. A resample in which the other never gets there counts as 0, and is counted.
 
     Returns:
-        ``speed_up`` (None if never reached), ``interval``, ``level``, ``steps`` of both, ``never``: the share of such
-        resamples.
+        ``speed_up`` (None if never reached or the level is 0), ``interval`` (None of fewer than 3 seeds),
+        ``level``, ``steps`` of both, ``never`` (the share of such resamples), and ``at_first_validation`` (it may have
+        been earlier).
     """
 
     def once(one: Sequence[Curve], two: Sequence[Curve]) -> tuple[float, float, float | None]:
@@ -64,12 +65,14 @@ def speed_up(baseline: Sequence[Curve], other: Sequence[Curve], resamples: int =
         _, one, two = once(*resampled)
         ratios.append(0.0 if two is None else one / two)
     ratios.sort()
+    enough = level > 0 and min(len(baseline), len(other)) >= 3
     return {
-        "speed_up": None if others is None else round(steps / others, 3),
-        "interval": [round(ratios[int(share * (resamples - 1))], 3) for share in (0.025, 0.975)],
+        "speed_up": None if others is None or level == 0 else round(steps / others, 3),
+        "interval": [round(ratios[int(share * (resamples - 1))], 3) for share in (0.025, 0.975)] if enough else None,
         "level": round(level, 4),
         "steps": {"baseline": round(steps), "other": None if others is None else round(others)},
         "never": ratios.count(0.0) / resamples,
+        "at_first_validation": others is not None and others <= min(mean(other)),
     }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -71,33 +72,57 @@ def train(
     """
     first = {name: run for name, run in runs.items() if run.start is None}
     later = {name: run for name, run in runs.items() if run.start is not None}
+    for name, run in runs.items():
+        for seed in seeds:
+            _claim(folder / f"{name}_{seed}", run, seed, flags)
     with tqdm(total=len(runs) * len(seeds), desc="runs", unit="run") as progress:
         for some in (first, later):
             with ThreadPoolExecutor(jobs) as pool:
                 # Seed by seed, so that what is done early is whole.
                 waiting = [
-                    pool.submit(_train, name, run, runs, seed, folder, threads, flags)
+                    pool.submit(_train, name, run, seed, folder, threads, flags)
                     for seed in seeds
                     for name, run in some.items()
                 ]
-                for job in waiting:
-                    job.result()
-                    progress.update()
+                try:
+                    for job in waiting:
+                        job.result()
+                        progress.update()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
 
 
-def _train(
-    name: str, run: Run, runs: dict[str, Run], seed: int, folder: Path, threads: int | None, flags: list[str]
-) -> None:
-    target = folder / f"{name}_{seed}"
-    words = ["--config", run.config, "--seed_everything", str(seed), *run.flags, *flags]
-    settings = json.dumps({"words": words, "start": run.start}, indent=1)
+def _words(run: Run, seed: int, flags: list[str]) -> list[str]:
+    return ["--config", run.config, "--seed_everything", str(seed), *run.flags, *flags]
+
+
+def _claim(target: Path, run: Run, seed: int, flags: list[str]) -> None:
+    """Say whose folder it is, or refuse it."""
+    config = ROOT / run.config
+    made = hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None
+    settings = json.dumps({"words": _words(run, seed, flags), "start": run.start, "config_sha256": made}, indent=1)
     said = target / "settings.json"
     if said.exists() and said.read_text() != settings:
         raise SystemExit(f"{target} holds a run with other settings: give another --folder, or delete it")
-    if (target / "done").exists():
-        return
     target.mkdir(parents=True, exist_ok=True)
     said.write_text(settings)
+
+
+def _absolute(flag: str) -> str:
+    """Flags that name files, alone or in a list, as they are seen from the folder of the run."""
+    inner = flag[1:-1].split(",") if flag.startswith("[") and flag.endswith("]") else [flag]
+    if not all(Path(part.strip()).exists() for part in inner):
+        return flag
+    found = [str(Path(part.strip()).absolute()) for part in inner]
+    return f"[{','.join(found)}]" if flag.startswith("[") else found[0]
+
+
+def _train(name: str, run: Run, seed: int, folder: Path, threads: int | None, flags: list[str]) -> None:
+    target = folder / f"{name}_{seed}"
+    if (target / "done").exists():
+        return
+    words = [*map(_absolute, _words(run, seed, flags))]
     words[1] = str(ROOT / run.config)
     if run.start is not None:
         words += ["--model.init_args.init_from", str(last_checkpoint(folder / f"{run.start}_{seed}").absolute())]
@@ -123,19 +148,23 @@ def collect(runs: dict[str, Run], seeds: list[int], folder: Path) -> list[Point]
     for name in runs:
         for seed in seeds:
             found: dict[tuple[str, int], Point] = {}
-            before = 0.0
-            # A resumed run goes on in a file of its own; what it did again counts in its later place.
             for events in sorted((folder / f"{name}_{seed}").rglob("events.out.tfevents.*"), key=_started):
                 reader = EventAccumulator(str(events), size_guidance={"scalars": 0})
                 reader.Reload()
-                began = last = reader.FirstEventTimestamp()
-                for metric in reader.Tags()["scalars"]:
-                    for event in reader.Scalars(metric):
-                        last = max(last, event.wall_time)
-                        if metric.startswith(("val/", "chain/")):
-                            step, seconds = event.step + 1, before + event.wall_time - began
-                            found[metric, step] = Point(name, seed, step, round(seconds, 1), metric, event.value)
-                before += last - began
+                began = reader.FirstEventTimestamp()
+                scalars = [(metric, event) for metric in reader.Tags()["scalars"] for event in reader.Scalars(metric)]
+                first = min((event.step for _, event in scalars), default=0)
+                # A resumed run goes on in a file of its own, from the last validation before it.
+                before = max((point.seconds for point in found.values() if point.step <= first), default=0.0)
+                for metric, event in scalars:
+                    if metric.startswith(("val/", "chain/")):
+                        step, seconds = event.step + 1, before + event.wall_time - began
+                        found[metric, step] = Point(name, seed, step, round(seconds, 1), metric, event.value)
+            ends = {metric: max(step for named, step in found if named == metric) for metric, _ in found}
+            if last := max(ends.values(), default=0):
+                missing = sorted(metric for metric, end in ends.items() if metric.startswith("val/") and end < last)
+                if missing:
+                    raise SystemExit(f"{name}, seed {seed}: step {last} was validated in part, without {missing}")
             points += [found[key] for key in sorted(found)]
     return points
 

@@ -38,6 +38,9 @@ def report(points: list[Point], runs: dict[str, Run], metrics: tuple[str, ...]) 
     for metric in metrics:
         of = {name: curves(points, name, metric) for name in runs}
         baseline, *others = runs
+        ends = {max(curve) for side in of.values() for curve in side}
+        if len(ends) != 1:
+            raise SystemExit(f"runs end at different steps, {sorted(ends)}: train them alike, or again")
         final = {name: [round(curve[max(curve)], 4) for curve in of[name]] for name in runs}
         found[metric] = {
             "final": final,
@@ -61,7 +64,7 @@ def picture(points: list[Point], runs: dict[str, Run], metrics: tuple[str, ...])
                     [{p.step: p.seconds for p in points if (p.run, p.seed, p.metric) == (name, seed, metric)}
                      for seed in {p.seed for p in points if p.run == name}]
                 )  # fmt: skip
-                of = [{round(clock[step]): value for step, value in curve.items()} for curve in of]
+                of = [{round(clock[step]): value for step, value in curve.items() if step in clock} for curve in of]
             if of:
                 by_label[run.label] = of
         title = metric.removeprefix("val/").replace("solved/confidence_", "solved, cells a pass: ")
@@ -79,11 +82,13 @@ def main() -> None:
     out = args.out or ROOT / "experiments" / "results" / name
     train(runs, args.seeds, folder, args.jobs, args.threads, flags)
     points = collect(runs, args.seeds, folder)
-    write_csv(out.with_suffix(".csv"), points)
+    write_csv(out.with_name(f"{out.name}.csv"), points)
     found = report(points, runs, metrics)
     settings = {name: {"config": run.config, "flags": [*run.flags, *flags]} for name, run in runs.items()}
-    out.with_suffix(".json").write_text(json.dumps({"seeds": args.seeds, "runs": settings, **found}, indent=1) + "\n")
-    picture(points, runs, metrics).savefig(out.with_suffix(".png"))
+    out.with_name(f"{out.name}.json").write_text(
+        json.dumps({"seeds": args.seeds, "runs": settings, **found}, indent=1) + "\n"
+    )
+    picture(points, runs, metrics).savefig(out.with_name(f"{out.name}.png"))
     for metric, values in found.items():
         print(f"\n{metric}")
         for name, run in runs.items():
@@ -91,7 +96,10 @@ def main() -> None:
             line = f"  {run.label:<12} {sum(final) / len(final):6.1%} ({min(final):.1%} to {max(final):.1%})"
             if name in values["speed_up"]:
                 sooner = values["speed_up"][name]
-                line += f"   baseline's final value {sooner['speed_up']} times sooner, 95% {sooner['interval']}"
+                if sooner["speed_up"] is None:
+                    line += "   does not reach the baseline's final value"
+                else:
+                    line += f"   baseline's final value {sooner['speed_up']} times sooner, 95% {sooner['interval']}"
             print(line)
 
 

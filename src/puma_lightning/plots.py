@@ -60,10 +60,11 @@ def draw_chains(history: Sequence[Mapping[str, float]]) -> Figure:
     Returns:
         The figure.
     """
-    parts = sorted({name for entry in history for name in entry if name.startswith("loss_")})
+    found = {name for entry in history for name in entry if name.startswith("loss_")}
+    parts = sorted(found, key=lambda name: int(name.removeprefix("loss_")))
     panels: dict[str, dict[str, str]] = {
         "mismatch with the sampler's masks": {"mismatch": ""},
-        "loss (nats per token), early to late in the chain": {name: name.removeprefix("loss_") for name in parts},
+        "loss (nats per token), little to most revealed": {name: name.removeprefix("loss_") for name in parts},
         "positions revealed in a step": {"by_count": "by count", "by_threshold": "above the threshold"},
         "steps of a chain": {"length": ""},
     }

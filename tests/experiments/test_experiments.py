@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def test_a_curve_twice_as_steep_is_there_twice_as_soon(curves):
     assert found["interval"] == pytest.approx([2, 2])
     assert found["steps"] == {"baseline": 1000, "other": 500}
     assert found["never"] == 0
+    assert not found["at_first_validation"]
+
+
+def test_what_never_gets_there_and_a_baseline_that_gets_nowhere_have_no_speed_up(curves):
+    assert curves.speed_up([line(1.0)] * 3, [line(0.5)] * 3)["speed_up"] is None
+    nothing = curves.speed_up([line(0.0)] * 3, [line(1.0)] * 3)
+    assert nothing["speed_up"] is None and nothing["interval"] is None
+    assert curves.speed_up([line(1.0)] * 2, [line(2.0)] * 2)["interval"] is None
 
 
 def test_the_interval_holds_what_seeds_differ_by_and_those_that_never_get_there(curves):
@@ -116,9 +125,30 @@ def test_a_folder_with_other_settings_is_refused(runs, fits, tmp_path):
         runs.train(one, [0], tmp_path, 1, None, ["--trainer.max_steps", "7"])
 
 
+def test_a_folder_is_refused_before_anything_is_trained(runs, fits, tmp_path):
+    one = {"a": runs.Run("a", "a.yaml")}
+    runs.train(one, [1], tmp_path, 1, None, [])
+    with pytest.raises(SystemExit, match="other settings"):
+        runs.train(one, [0, 1, 2], tmp_path, 1, None, ["--x", "1"])
+    assert len(fits.commands) == 1
+
+
+def test_files_are_found_from_the_folder_of_a_run(runs, fits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.csv", "b.csv"):
+        Path(name).touch()
+    flags = ["--data.train_file", "a.csv", "--data.val_file", "[a.csv, b.csv]", "--data.layout", "in_place"]
+    runs.train({"a": runs.Run("a", "a.yaml")}, [0], tmp_path / "runs", 1, None, flags)
+    a, b = tmp_path / "a.csv", tmp_path / "b.csv"
+    words = fits.commands[0]
+    assert words[words.index("--data.train_file") + 1] == str(a)
+    assert words[words.index("--data.val_file") + 1] == f"[{a},{b}]"
+    assert words[words.index("--data.layout") + 1] == "in_place"
+
+
 @pytest.mark.slow
-def test_figure5_runs_resumes_and_reports(figure5, monkeypatch, tmp_path, capsys):
-    """Two steps of small models, then two more of the same runs."""
+def test_figure5_runs_and_reports(figure5, monkeypatch, tmp_path, capsys):
+    """Four steps of small models, and again nothing."""
     small = ["--data.num_train", "128", "--data.num_val", "16", "--data.num_test", "16", "--data.clues", "20"]
     small += ["--data.batch_size", "8", "--trainer.val_check_interval", "2", "--data.eval_batch_size", "16"]
     small += ["--model.init_args.backbone.init_args.hidden_size", "16", "--trainer.max_steps", "4"]
@@ -128,11 +158,14 @@ def test_figure5_runs_resumes_and_reports(figure5, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(sys, "argv", [*words, *small])
     monkeypatch.setitem(figure5.SCALES["cpu"], "puma_k3", figure5.SCALES["cpu"]["puma_k6"])
     figure5.main()
+    started = time.perf_counter()
+    figure5.main()
+    assert time.perf_counter() - started < 10  # nothing is trained again
     rows = list(csv.DictReader(out.with_suffix(".csv").open()))
     assert {row["run"] for row in rows} == {"mdm", "puma_k6", "puma_k3"}
     assert {(row["seed"], row["step"]) for row in rows} == {(seed, step) for seed in "01" for step in "24"}
     assert {"val/solved/confidence_1", "val/loss", "chain/mismatch"} <= {row["metric"] for row in rows}
     assert all(float(row["seconds"]) >= 0 for row in rows)
     assert out.with_suffix(".png").stat().st_size > 10_000
-    assert "times sooner" in capsys.readouterr().out
+    assert "PUMA, K 6" in capsys.readouterr().out
     assert str(tmp_path) not in out.with_suffix(".json").read_text()

@@ -189,6 +189,7 @@ class Chain:
                 break
             total += running
             self.advance(draws)
+        assert self.state[..., 0].sum() < EXACT, "chains are still going on"
         return total
 
 
@@ -259,7 +260,7 @@ def test_drawn_one_by_one_tokens_need_not_be_drawn_together(policy, vocab_size, 
 def test_the_price_of_parallel_decoding_is_what_independent_draws_cost(policy, enumerated):
     """Several positions a step, each drawn on its own: the boards differ, unless the data have no correlations."""
     process = ProgressiveUnmasking(2, policy)
-    correlated, independent = toy(3), toy(3, independent=True)
+    correlated, independent = toy(3, 3), toy(3, 3, independent=True)
     price = max(agreement(correlated, process, correlated.true_logits(), enumerated, "independent"))
     assert price > 0.02
     assert max(agreement(independent, process, independent.true_logits(), enumerated, "independent")) < EXACT
@@ -277,13 +278,19 @@ def test_a_policy_that_peeks_visits_other_boards(threshold, enumerated):
 # --- The chain keeps the posterior ---
 
 
-def posterior_error(data: Toy, process, logits, enumerated, peeking=None) -> float:
-    """The largest difference of p(x0 | xt) under the chain from that of the data, over the boards visited."""
-    visits = Chain(data, process, logits, enumerated, peeking).visits()
-    seen = visits.sum(0)
-    assert seen.sum() > 0.99
-    under_chain = (visits / seen).T
-    return float((under_chain - data.posterior)[seen > EXACT].abs().max())
+def posterior_error(data: Toy, process, logits, enumerated, peeking=None, steps: int = 6) -> float:
+    """The largest difference of p(x0 | xt) under the chain from that of the data, at every step and stage."""
+    chain = Chain(data, process, logits, enumerated, peeking)
+    worst = 0.0
+    for _ in range(steps):
+        running = chain.state[..., 0].permute(1, 2, 0)  # (states, K, sequences)
+        seen = running.sum(-1)
+        under_chain = running / seen[..., None]
+        error = (under_chain - data.posterior[:, None]).abs().amax(-1)
+        if (seen > EXACT).any():
+            worst = max(worst, float(error[seen > EXACT].max()))
+        chain.advance()
+    return worst
 
 
 @policies
@@ -341,7 +348,7 @@ def test_at_the_true_conditionals_the_loss_has_no_gradient(policy, threshold, gi
 
 
 def learned_error(data: Toy, process, enumerated, peeking=None, steps: int = 300) -> float:
-    """How far from the true conditionals a table is, at the worst of the boards that its own chain visits."""
+    """How far from the true conditionals a table is, at the worst of the boards that 1% of its own chains visit."""
     table = torch.zeros_like(data.conditionals, requires_grad=True)
     optimizer = torch.optim.Adam([table], lr=0.2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -359,12 +366,12 @@ def learned_error(data: Toy, process, enumerated, peeking=None, steps: int = 300
     return float(error[seen[:, None] & masked].max())
 
 
-@pytest.mark.parametrize("policy", [Confidence(), Entropy()], ids=repr)
+@pytest.mark.parametrize("policy", [Confidence(), Entropy(), RandomOrder()], ids=repr)
 @thresholds
 def test_a_model_trained_on_its_own_chain_learns_the_true_conditionals(policy, threshold, enumerated):
     """Wherever that chain takes it, though the chain changes with what it has learned."""
-    data = toy(6, 2)
-    assert learned_error(data, ProgressiveUnmasking(2, policy, threshold), enumerated) < 0.01
+    data = toy(6, 3)
+    assert learned_error(data, ProgressiveUnmasking(2, policy, threshold), enumerated) < 0.02
 
 
 def test_a_policy_that_peeks_moves_the_minimum(enumerated):

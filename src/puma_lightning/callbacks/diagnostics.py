@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -23,17 +24,19 @@ class ChainDiagnostics(Callback):
     """Logs at every validation what the chains did since the last, and draws ``chains.png`` in the log directory.
 
     - ``chain/mismatch``: how far the masks trained on are from those the sampler meets, see ``mismatch``: about 1 for
-      random masks, 0 if they are the sampler's own. It costs sampling once from the prompts of the next batch.
-    - ``chain/loss_1``, ``chain/loss_2``, ...: the training loss early to late in the chain, nats per token.
-    - ``chain/by_count``, ``chain/by_threshold``: positions revealed in a step of a chain, by the target count alone and
-      above the threshold.
+      random masks, 0 if they are the sampler's own. The sampler uses the weights that are validated, so those of EMA if
+      there is one, from the prompts of the next batch.
+    - ``chain/loss_1``, ``chain/loss_2``, ...: the training loss in nats per token, where little to most of the answer
+      is revealed.
+    - ``chain/by_count``, ``chain/by_threshold``: positions revealed in a step after which a chain goes on, by the
+      target count alone and above the threshold.
     - ``chain/length``: training steps of the chains that ended, of those whose start was seen.
     - ``chain/sequences``: clean sequences taken since the start of training, all processes together.
 
     Args:
         sampler: Whose masks are compared with; null for the model's own sampler.
         num_sequences: At most so many sequences of the next batch have their masks compared, in each process.
-        num_parts: Parts of the chain to tell the loss of.
+        num_parts: Equal parts of the share revealed to tell the loss of.
 
     Raises:
         ValueError: If a number is below 1, or (when training starts) the model has no chains.
@@ -73,7 +76,9 @@ class ChainDiagnostics(Callback):
             assert predictions.nll is not None
             nll = predictions.nll
         loss = (nll * masked).sum(1) / masked.sum(1).clamp_min(1)
-        part = before.stage * self.num_parts // before.num_stages
+        length = (~before.prompt_mask).sum(1)
+        part = (length - masked.sum(1)) * self.num_parts // length.clamp_min(1)
+        part = part.clamp_max(self.num_parts - 1)  # of chains that are done, which don't count
         counted = running & masked.any(1)
         for name, values in (("loss", loss * counted), ("chains", counted.float())):
             self._add(name, values.new_zeros(self.num_parts).index_add(0, part, values))
@@ -100,13 +105,27 @@ class ChainDiagnostics(Callback):
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Compare masks, while the weights are those that are validated."""
+        if not batch_idx and not dataloader_idx and self._sums and trainer.state.fn == "fit":
+            assert isinstance(pl_module, MaskedDiffusion)
+            self._sums["kept"], self._sums["possible"] = self._agreement(trainer, pl_module)
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log, draw, and start adding up anew."""
-        if not self._sums or trainer.sanity_checking:
+        if "kept" not in self._sums:
             return
         assert isinstance(pl_module, MaskedDiffusion)
-        kept, possible = self._agreement(trainer, pl_module)
-        sums = {**self._sums, "kept": kept, "possible": possible}
+        taken = torch.tensor(float(pl_module.stream.sequences.position), device=pl_module.device)
+        sums = {**self._sums, "sequences": taken}
         self._sums = {}
         sums = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
         entry = {f"loss_{i + 1}": loss for i, loss in enumerate((sums["loss"] / sums["chains"]).tolist())}
@@ -114,16 +133,20 @@ class ChainDiagnostics(Callback):
         entry["by_threshold"] = float(sums["by_threshold"] / sums["steps"])
         entry["length"] = float(sums["length"] / sums["ended"])
         entry["mismatch"] = float(1 - sums["kept"] / sums["possible"])
-        entry["sequences"] = float(pl_module.stream.sequences.position * trainer.world_size)
+        entry["sequences"] = float(sums["sequences"])
         entry = {name: value for name, value in entry.items() if value == value}
         for name, value in entry.items():
-            pl_module.log(f"chain/{name}", value)
+            pl_module.log(f"chain/{name}", value, rank_zero_only=True)
         self.history.append({"step": trainer.global_step, **entry})
         self._draw(trainer)
 
     def _agreement(self, trainer: pl.Trainer, module: MaskedDiffusion) -> tuple[Tensor, Tensor]:
         """See ``agreement``, of the boards that are trained on next."""
-        batch = {name: rows[: self.num_sequences] for name, rows in module.stream.peek().items()}
+        batch = module.stream.peek()
+        # Spread evenly: neighbouring slots may be at the same stage for ever.
+        size = len(batch["xt"])
+        rows = torch.linspace(0, size - 1, min(size, self.num_sequences), device=module.device).long()
+        batch = {name: values[rows] for name, values in batch.items()}
         x0, prompt_mask = batch["input_ids"], batch["prompt_mask"]
         with trainer.precision_plugin.forward_context():
             sample = module.sample(x0, prompt_mask, self.sampler, module.evaluation_generator(0, 0))
@@ -162,7 +185,8 @@ def mismatch(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> float:
     A mask with n revealed positions is compared with the first n positions that the sampler reveals. Of the positions
     they share, those that n uniformly chosen ones would share on average are taken off, and what is left is
     divided by the most that could be left, over all sequences. So it is 0 if the masks are the sampler's own, and 1
-    on average if they are random; above 1 if they reveal first what the sampler reveals last.
+    on average if they are random; above 1 if they reveal first what the sampler reveals last. Sequences that the
+    sampler fills in a single pass, such as blocks after an answer's end, have no order and are left out.
 
     Args:
         masked: True where a position is masked, (B, L) bool.
@@ -170,7 +194,7 @@ def mismatch(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> float:
         reveal_step: When the sampler revealed each position, -1 where given, (B, L) int64.
 
     Returns:
-        The mismatch; NaN if nothing or everything is masked in all sequences.
+        The mismatch; NaN if no sequence has anything to say.
     """
     kept, possible = agreement(masked, prompt_mask, reveal_step)
     return float(1 - kept / possible)
@@ -189,4 +213,5 @@ def agreement(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> tuple
     share = ((number[:, None] - earlier) / same).clamp(0, 1)
     chance = number * number / length.clamp_min(1)
     kept = (share * revealed).sum(1) - chance
-    return kept.sum(), (number - chance).sum()
+    has_order = ((step != reveal_step.masked_fill(prompt_mask, -1).amax(1, keepdim=True)) & answer).any(1)
+    return (kept * has_order).sum(), ((number - chance) * has_order).sum()
