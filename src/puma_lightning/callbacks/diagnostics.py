@@ -7,11 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from puma_lightning.callbacks.pictures import save_picture
 from puma_lightning.forward_process import Slots
 from puma_lightning.losses import negative_log_likelihood
 from puma_lightning.modules.masked_diffusion import MaskedDiffusion
@@ -138,7 +138,7 @@ class ChainDiagnostics(Callback):
         for name, value in entry.items():
             pl_module.log(f"chain/{name}", value, rank_zero_only=True)
         self.history.append({"step": trainer.global_step, **entry})
-        self._draw(trainer)
+        self.path = save_picture(trainer, "chains", self.draw if trainer.is_global_zero else None) or self.path
 
     def _agreement(self, trainer: pl.Trainer, module: MaskedDiffusion) -> tuple[Tensor, Tensor]:
         """See ``agreement``, of the boards that are trained on next."""
@@ -153,18 +153,6 @@ class ChainDiagnostics(Callback):
         cut = partial(cut_blocks, block_size=module.block_size_of(batch))
         reveal_step = sample.reveal_step[:, : x0.shape[1]]
         return agreement(cut(batch["xt"] == module.mask_id), cut(prompt_mask), cut(reveal_step))
-
-    def _draw(self, trainer: pl.Trainer) -> None:
-        folder = trainer.log_dir  # asks all ranks, so it must not be left to rank 0
-        if folder is None or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
-            return
-        figure = self.draw()
-        self.path = Path(folder) / "chains.png"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.path, dpi=120)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("chains", figure, trainer.global_step)
 
     def draw(self) -> Figure:
         """The picture of the validations seen so far."""

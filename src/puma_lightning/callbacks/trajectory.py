@@ -1,15 +1,16 @@
 """Pictures of the order in which the model fills fixed validation sequences, as training goes on."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
 
+from puma_lightning.callbacks.pictures import save_picture
 from puma_lightning.modules.generative import GenerativeModule
 from puma_lightning.plots import draw_reveal_order
 from puma_lightning.sampling import AnySampler
@@ -70,16 +71,10 @@ class UnmaskingTrajectory(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what has been seen so far."""
-        folder = trainer.log_dir  # asks all ranks, so it must not be left to rank 0
-        if not self.history or trainer.sanity_checking or folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        figure = self.draw(getattr(trainer.datamodule, "order", None))  # type: ignore[attr-defined]
-        self.path = Path(folder) / "unmasking_order.png"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.path, dpi=150)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("unmasking_order", figure, trainer.global_step)
+        drawing = self.history and not trainer.sanity_checking
+        order = getattr(trainer.datamodule, "order", None)  # type: ignore[attr-defined]
+        path = save_picture(trainer, "unmasking_order", partial(self.draw, order) if drawing else None)
+        self.path = path or self.path
 
     def draw(self, order: int | None = None) -> Figure:
         """The picture of the validations seen so far; of Sudoku boards if their order is given."""
