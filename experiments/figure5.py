@@ -12,20 +12,9 @@ from typing import Any
 
 from _curves import Curve, curves, draw, mean, speed_up
 from _runs import ROOT, Point, Run, collect, parser, train, write_csv
+from _sudoku import SCALES
 from matplotlib.figure import Figure
 
-STAGES = "--model.init_args.forward_process.init_args.num_stages"
-SCALES = {
-    "cpu": {
-        "mdm": Run("MDM", "configs/sudoku/small_mdm.yaml"),
-        "puma_k6": Run("PUMA, K 6", "configs/sudoku/small_puma.yaml"),
-        "puma_k3": Run("PUMA, K 3", "configs/sudoku/small_puma.yaml", (STAGES, "3")),
-    },
-    "gpu": {
-        "mdm": Run("MDM", "configs/sudoku/mdm.yaml"),
-        "puma": Run("PUMA", "configs/sudoku/puma.yaml"),
-    },
-}
 SOLVED = {
     "cpu": ("val/solved/confidence_1", "val/solved/confidence_3", "val/solved/confidence_6"),
     "gpu": ("val/solved/confidence_1", "val/solved/confidence_2", "val/solved/confidence_3"),
@@ -78,7 +67,7 @@ def main() -> None:
     args, flags = parser(__doc__, Path(__file__).stem).parse_known_args()
     runs, metrics = SCALES[args.scale], SOLVED[args.scale]
     name = f"figure5_{args.scale}"
-    folder = args.folder or Path("runs/experiments") / name
+    folder = args.folder or Path("runs/experiments") / f"sudoku_{args.scale}"
     out = args.out or ROOT / "experiments" / "results" / name
     train(runs, args.seeds, folder, args.jobs, args.threads, flags)
     points = collect(runs, args.seeds, folder)

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
+from puma_lightning.mixed_masking import MixedMasking
 from puma_lightning.schedule import StepSchedule
+from puma_lightning.self_aligned import SelfAlignedMasking
 from puma_lightning.sequences import CleanSequences, derived_seed
 from puma_lightning.stream import Stream
 
@@ -270,8 +272,10 @@ def test_ranks_mask_differently():
         ProgressiveUnmasking(4, threshold=0.6),
         ProgressiveUnmasking([[0, 2], [4, 5]]),
         RandomMasking(),
+        MixedMasking(0.5, 3),
+        SelfAlignedMasking(),
     ],
-    ids=["K=3", "threshold", "schedule", "baseline"],
+    ids=["K=3", "threshold", "schedule", "baseline", "mixed", "self-aligned"],
 )
 def test_a_restored_stream_goes_on_bit_by_bit(process, at):
     """Mid-chain, mid-accumulation, before a switch of K: the same boards as if it had never stopped."""

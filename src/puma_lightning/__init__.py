@@ -14,10 +14,12 @@ from puma_lightning.data.words import WordProblemsDataModule
 from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
 from puma_lightning.metrics.programs import ProgramAccuracy
 from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved
+from puma_lightning.mixed_masking import MixedMasking
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import AutoregressiveLM, BlockDiffusion, MaskedDiffusion
 from puma_lightning.optim import WarmupCosine
 from puma_lightning.sampling import BlockSampler, LeftToRightSampler, Sample, Sampler
+from puma_lightning.self_aligned import SelfAlignedMasking
 from puma_lightning.unmasking import Confidence, Entropy, LeftToRight, Margin, Policy, RandomOrder, reveal
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "LeftToRightSampler",
     "Margin",
     "MaskedDiffusion",
+    "MixedMasking",
     "Policy",
     "PredictionWriter",
     "ProgramAccuracy",
@@ -44,6 +47,7 @@ __all__ = [
     "RandomOrder",
     "Sample",
     "Sampler",
+    "SelfAlignedMasking",
     "StepProgressBar",
     "SudokuDataModule",
     "SudokuSolved",
