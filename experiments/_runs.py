@@ -9,7 +9,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -26,13 +28,15 @@ class Run:
         label: Its name in tables and pictures.
         config: Relative to the root of the repository.
         flags: What is changed in it.
-        start: The run, of the same seed, whose last checkpoint this one starts from.
+        start: The run, of the same seed, whose last checkpoint this one starts from, or validates.
+        command: Of ``puma``.
     """
 
     label: str
     config: str
     flags: tuple[str, ...] = ()
     start: str | None = None
+    command: Literal["fit", "validate"] = "fit"
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Point:
     value: float
 
 
-def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+def parser(description: str | None, name: str, folder: str) -> argparse.ArgumentParser:
     """What every experiment can be told. What it does not know goes to ``puma fit``."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -55,7 +59,7 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="gpu: the paper's settings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, help=f"of the runs; default runs/experiments/{name}_SCALE")
+    parser.add_argument("--folder", type=Path, help=f"of the runs; default runs/experiments/{folder}_SCALE")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, help="CPU threads of each run; default what PyTorch chooses")
     parser.add_argument("--out", type=Path, help=f"default experiments/results/{name}_SCALE; .csv, .json and .png")
@@ -99,9 +103,10 @@ def _words(run: Run, seed: int, flags: list[str]) -> list[str]:
 
 def _claim(target: Path, run: Run, seed: int, flags: list[str]) -> None:
     """Say whose folder it is, or refuse it."""
-    config = ROOT / run.config
-    made = hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None
-    settings = json.dumps({"words": _words(run, seed, flags), "start": run.start, "config_sha256": made}, indent=1)
+    words = _words(run, seed, flags)
+    configs = [ROOT / word for flag, word in pairwise(words) if flag == "--config" and (ROOT / word).exists()]
+    made = hashlib.sha256(b"".join(config.read_bytes() for config in configs)).hexdigest()
+    settings = json.dumps({"words": words, "start": run.start, "config_sha256": made}, indent=1)
     said = target / "settings.json"
     if said.exists() and said.read_text() != settings:
         raise SystemExit(f"{target} holds a run with other settings: give another --folder, or delete it")
@@ -109,8 +114,10 @@ def _claim(target: Path, run: Run, seed: int, flags: list[str]) -> None:
     said.write_text(settings)
 
 
-def _absolute(flag: str) -> str:
+def _absolute(flag: str, of_root: bool = False) -> str:
     """Flags that name files, alone or in a list, as they are seen from the folder of the run."""
+    if of_root:
+        return str(ROOT / flag)
     inner = flag[1:-1].split(",") if flag.startswith("[") and flag.endswith("]") else [flag]
     if not all(Path(part.strip()).exists() for part in inner):
         return flag
@@ -122,16 +129,25 @@ def _train(name: str, run: Run, seed: int, folder: Path, threads: int | None, fl
     target = folder / f"{name}_{seed}"
     if (target / "done").exists():
         return
-    words = [*map(_absolute, _words(run, seed, flags))]
-    words[1] = str(ROOT / run.config)
+    words = _words(run, seed, flags)
+    words = [_absolute(word, of_root=flag == "--config") for flag, word in pairwise(["", *words])]
     if run.start is not None:
-        words += ["--model.init_args.init_from", str(last_checkpoint(folder / f"{run.start}_{seed}").absolute())]
+        flag = "--ckpt_path" if run.command == "validate" else "--model.init_args.init_from"
+        words += [flag, str(last_checkpoint(folder / f"{run.start}_{seed}").absolute())]
     if list(target.rglob("last.ckpt")):
         words += ["--ckpt_path", str(last_checkpoint(target).absolute())]
     environ = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     with (target / "log.txt").open("a") as log:
-        fit = [sys.executable, "-m", "puma_lightning", "fit", *words, "--trainer.enable_progress_bar", "false"]
-        code = subprocess.run(fit, stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=target).returncode
+        command = [
+            sys.executable,
+            "-m",
+            "puma_lightning",
+            run.command,
+            *words,
+            "--trainer.enable_progress_bar",
+            "false",
+        ]
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=target).returncode
     if code:
         tail = "\n".join((target / "log.txt").read_text().splitlines()[-5:])
         raise SystemExit(f"{name}, seed {seed} failed, see {target / 'log.txt'}:\n{tail}")

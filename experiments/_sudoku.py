@@ -18,8 +18,7 @@ def keep(every: int) -> tuple[str, ...]:
     )
 
 
-# The first is the baseline.
-SCALES = {
+RUNS = {
     "cpu": {
         "mdm": Run("MDM", "configs/sudoku/small_mdm.yaml", keep(500)),
         "puma_k6": Run("PUMA, K 6", "configs/sudoku/small_puma.yaml", keep(500)),
@@ -29,4 +28,9 @@ SCALES = {
         "mdm": Run("MDM", "configs/sudoku/mdm.yaml", keep(8000)),
         "puma": Run("PUMA", "configs/sudoku/puma.yaml", keep(8000)),
     },
+}
+EVERY_POLICY = ("--config", "experiments/policies.yaml")
+SOLVED = {
+    "cpu": ("val/solved/confidence_1", "val/solved/confidence_3", "val/solved/confidence_6"),
+    "gpu": ("val/solved/confidence_1", "val/solved/confidence_2", "val/solved/confidence_3"),
 }

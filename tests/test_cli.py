@@ -76,18 +76,23 @@ def test_every_config_runs(config):
     assert {path.name for path in Path().iterdir()} <= {"cache"}  # a trial run leaves nothing behind
 
 
-@pytest.mark.parametrize("size", ["", "small_"])
-def test_baseline_and_puma_differ_in_one_block(size):
-    names = (f"{size}mdm", f"{size}puma")
-    mdm, puma = (yaml.safe_load((CONFIGS / "sudoku" / f"{name}.yaml").read_text()) for name in names)
-    for config, name in zip((mdm, puma), names, strict=True):
-        process = config["model"]["init_args"].pop("forward_process")
-        assert (
-            process["class_path"] == {"mdm": "RandomMasking", "puma": "ProgressiveUnmasking"}[name.removeprefix(size)]
-        )
+@pytest.mark.parametrize(
+    ("name", "process"),
+    [
+        ("puma", "ProgressiveUnmasking"),
+        ("small_puma", "ProgressiveUnmasking"),
+        ("small_mixed", "MixedMasking"),
+        ("small_self_aligned", "SelfAlignedMasking"),
+    ],
+)
+def test_baseline_and_others_differ_in_one_block(name, process):
+    names = ("small_mdm" if "small" in name else "mdm", name)
+    mdm, other = (yaml.safe_load((CONFIGS / "sudoku" / f"{name}.yaml").read_text()) for name in names)
+    for config, name, expected in zip((mdm, other), names, ("RandomMasking", process), strict=True):
+        assert config["model"]["init_args"].pop("forward_process")["class_path"] == expected
         for logger in config["trainer"]["logger"]:
             assert logger["init_args"].pop("name") == f"sudoku/{name}"
-    assert mdm == puma
+    assert mdm == other
 
 
 def test_fit_leaves_everything_a_user_needs(capsys):

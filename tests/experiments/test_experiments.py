@@ -3,10 +3,12 @@
 import csv
 import sys
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -20,7 +22,8 @@ def script(name: str):
     return imported
 
 
-curves, runs, figure5 = script("_curves"), script("_runs"), script("figure5")
+curves, runs, comparison = script("_curves"), script("_runs"), script("_comparison")
+figure3, figure4, figure5 = script("figure3"), script("figure4"), script("figure5")
 
 
 # --- curves ---
@@ -146,23 +149,149 @@ def test_files_are_found_from_the_folder_of_a_run(runs, fits, tmp_path, monkeypa
     assert words[words.index("--data.layout") + 1] == "in_place"
 
 
+def test_a_run_is_validated_at_the_end_of_another_with_a_second_config(runs, fits, tmp_path):
+    judged = runs.Run("b", "a.yaml", ("--config", "experiments/policies.yaml"), start="early", command="validate")
+    runs.train({"judged": judged, "early": runs.Run("a", "a.yaml")}, [0], tmp_path, 1, None, [])
+    words = fits.commands[1]
+    assert words[3] == "validate"
+    assert [Path(words[i + 1]) for i, word in enumerate(words) if word == "--config"] == [
+        runs.ROOT / "a.yaml",
+        runs.ROOT / "experiments/policies.yaml",
+    ]
+    assert words[words.index("--ckpt_path") + 1] == str(tmp_path / "early_0/runs/version_0/checkpoints/last.ckpt")
+    assert "--model.init_args.init_from" not in words
+
+
+def test_a_changed_second_config_is_another_setting(runs, fits, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_text(name)
+    one = {"a": runs.Run("a", "a.yaml", ("--config", "b.yaml"))}
+    runs.train(one, [0], tmp_path / "runs", 1, None, [])
+    (tmp_path / "b.yaml").write_text("other")
+    with pytest.raises(SystemExit, match="other settings"):
+        runs.train(one, [0], tmp_path / "runs", 1, None, [])
+
+
+# --- comparisons ---
+
+
+def logged(runs, run, metric, values, seeds=(0, 1, 2)):
+    """The same values of every seed, at steps 10, 20, ..."""
+    return [runs.Point(run, s, 10 * i + 10, i, metric, v) for s in seeds for i, v in enumerate(values)]
+
+
+def test_every_metric_of_a_measure_is_reported_of_the_runs_that_have_it(runs, comparison):
+    points = logged(runs, "a", "val/solved/x", [0.2, 0.4]) + logged(runs, "b", "val/solved/x", [0.4, 0.6])
+    points += logged(runs, "a", "val/solved/y", [0.1, 0.1]) + logged(runs, "a", "val/loss", [3.0, 2.0])
+    asked = comparison.Comparison(
+        {name: runs.Run(name, f"{name}.yaml") for name in "ab"}, (("a", "b"),), "val/solved/", (("val/loss", "steps"),)
+    )
+    found = comparison.report(points, asked)
+    assert found["val/solved/x"]["final"] == {"a": [0.4] * 3, "b": [0.6] * 3}
+    assert found["val/solved/x"]["speed_up"]["b over a"]["speed_up"] == 2
+    assert found["val/solved/y"] == {"final": {"a": [0.1] * 3}, "speed_up": {}}
+    assert list(found) == ["val/solved/x", "val/solved/y"]
+    line = comparison.said(asked.runs["b"], found["val/solved/x"], "b")
+    assert "60.0%" in line and "final value of a 2.0 times sooner" in line
+    drawn = comparison.picture(points, asked)
+    assert [axis.get_xlabel() for axis in drawn.axes if axis.get_visible()] == ["optimizer steps"]
+
+
+def test_runs_of_different_lengths_are_not_compared(runs, comparison):
+    points = logged(runs, "a", "val/solved/x", [0.2, 0.4]) + logged(runs, "b", "val/solved/x", [0.4])
+    asked = comparison.Comparison(
+        {name: runs.Run(name, f"{name}.yaml") for name in "ab"}, (("a", "b"),), "val/solved/", ()
+    )
+    with pytest.raises(SystemExit, match="different steps"):
+        comparison.report(points, asked)
+
+
+@pytest.mark.parametrize("name", ["beyond", "figure1", "figure3", "figure4", "figure5", "search"])
+def test_every_config_of_an_experiment_is_there(name, monkeypatch):
+    """And what a run starts from is a run of the same experiment."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    module = import_module(name)
+    found = {
+        "beyond": lambda: [module.CPU],
+        "search": lambda: [module.CPU],
+        "figure1": lambda: [module.runs("words"), module.runs("tinygsm")],
+        "figure3": lambda: module.RUNS.values(),
+        "figure4": lambda: [module.comparison(scale).runs for scale in ("cpu", "gpu")],
+        "figure5": lambda: [asked.runs for asked in module.SCALES.values()],
+    }[name]()
+    for some in found:
+        for run in some.values():
+            assert (EXPERIMENTS.parent / run.config).is_file()
+            assert run.start is None or run.start in some
+
+
+def test_orders_agree_with_themselves_and_not_with_their_reverse(figure3):
+    prompt = torch.tensor([[True, False, False, False], [False, False, False, True]])
+    order = torch.tensor([[-1, 0, 2, 1], [2, 1, 0, -1]])
+    assert figure3.agreement(order, order, prompt) == pytest.approx(1, abs=1e-4)
+    assert figure3.agreement(order, torch.where(prompt, order, 2 - order), prompt) == pytest.approx(-1, abs=1e-4)
+    half = torch.stack([order[0], torch.where(prompt[1], order[1], 2 - order[1])])
+    assert figure3.agreement(order, half, prompt) == pytest.approx(0, abs=1e-4)
+
+
+def test_kept_checkpoints_are_found_by_their_step(figure3, tmp_path):
+    for name in ("step=500", "step=1000", "last", "best"):
+        (tmp_path / f"{name}.ckpt").touch()
+    assert {step: path.stem for step, path in figure3.checkpoints(tmp_path).items()} == {
+        500: "step=500",
+        1000: "step=1000",
+    }
+
+
+SMALL = [
+    *("--data.num_train", "128", "--data.num_test", "16", "--data.clues", "20", "--data.batch_size", "8"),
+    *("--data.eval_batch_size", "16", "--trainer.val_check_interval", "2", "--trainer.max_steps", "4"),
+    *("--model.init_args.backbone.init_args.hidden_size", "16", "--data.num_val", "16"),
+]
+
+
+@pytest.mark.slow
+def test_figures_3_and_4_share_their_runs(figure3, figure4, monkeypatch, tmp_path, capsys):
+    """Small ones, of one seed, under every policy and at every checkpoint."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept = figure4.keep(2)
+    monkeypatch.setitem(figure4.KEPT, "cpu", kept)
+    small = {name: replace(figure4.RUNS["cpu"][name], flags=kept) for name in ("mdm", "puma_k6")}
+    monkeypatch.setitem(figure4.RUNS, "cpu", small)
+    words = ["figure.py", "--seeds", "0", "--folder", str(tmp_path / "runs"), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "figure3"), *SMALL])
+    figure3.main()
+    rows = list(csv.DictReader((tmp_path / "figure3.csv").open()))
+    assert {(row["run"], row["step"]) for row in rows} == {(run, step) for run in ("mdm", "puma_k6") for step in "24"}
+    last = [float(row["value"]) for row in rows if row["step"] == "4" and row["metric"] == "order/agreement"]
+    assert last == [1.0, 1.0]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "figure4"), *SMALL])
+    figure4.main(None, "figure4", "sudoku", {"cpu": figure4.comparison("cpu")})
+    rows = list(csv.DictReader((tmp_path / "figure4.csv").open()))
+    judged = {row["metric"] for row in rows if row["run"] == "puma_k6_judged"}
+    assert {"val/solved/margin_6", "val/nfe/confidence_1_tau0.9"} <= judged
+    assert len(list((tmp_path / "runs").iterdir())) == 6
+    for name in ("figure3", "figure4"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert "rank correlation" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_figure5_runs_and_reports(figure5, monkeypatch, tmp_path, capsys):
     """Four steps of small models, and again nothing."""
-    small = ["--data.num_train", "128", "--data.num_val", "16", "--data.num_test", "16", "--data.clues", "20"]
-    small += ["--data.batch_size", "8", "--trainer.val_check_interval", "2", "--data.eval_batch_size", "16"]
-    small += ["--model.init_args.backbone.init_args.hidden_size", "16", "--trainer.max_steps", "4"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "figure5"
     words = ["figure5.py", "--seeds", "0", "1", "--folder", str(tmp_path / "runs"), "--out", str(out), "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", [*words, *small])
-    monkeypatch.setitem(figure5.SCALES["cpu"], "puma_k3", figure5.SCALES["cpu"]["puma_k6"])
-    figure5.main()
+    monkeypatch.setattr(sys, "argv", [*words, *SMALL])
+    small_runs = {name: figure5.SCALES["cpu"].runs[name] for name in ("mdm", "puma_k6")}
+    asked = replace(figure5.SCALES["cpu"], runs=small_runs, pairs=(("mdm", "puma_k6"),))
+    figure5.main(None, "figure5", "sudoku", {"cpu": asked})
     started = time.perf_counter()
-    figure5.main()
+    figure5.main(None, "figure5", "sudoku", {"cpu": asked})
     assert time.perf_counter() - started < 10  # nothing is trained again
     rows = list(csv.DictReader(out.with_suffix(".csv").open()))
-    assert {row["run"] for row in rows} == {"mdm", "puma_k6", "puma_k3"}
+    assert {row["run"] for row in rows} == {"mdm", "puma_k6"}
     assert {(row["seed"], row["step"]) for row in rows} == {(seed, step) for seed in "01" for step in "24"}
     assert {"val/solved/confidence_1", "val/loss", "chain/mismatch"} <= {row["metric"] for row in rows}
     assert all(float(row["seconds"]) >= 0 for row in rows)
