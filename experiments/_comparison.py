@@ -82,8 +82,7 @@ def picture(points: list[Point], asked: Comparison) -> Figure:
                      for seed in {p.seed for p in points if p.run == name}]
                 )  # fmt: skip
                 of = [{round(clock[step]): value for step, value in curve.items() if step in clock} for curve in of]
-            if of:
-                by_label[run.label] = of
+            by_label[run.label] = of
         draw(axis, by_label, "seconds" if over == "seconds" else "optimizer steps", title(metric))
         axis.set_ylim(bottom=0)
     return figure
@@ -95,7 +94,9 @@ def said(run: Run, values: dict[str, Any], name: str) -> str:
     line = f"  {run.label:<24} {sum(final) / len(final):6.1%} ({min(final):.1%} to {max(final):.1%})"
     for pair, sooner in values["speed_up"].items():
         other, baseline = pair.split(" over ")
-        if other == name and sooner["speed_up"] is None:
+        if other == name and not sooner["level"]:
+            line += f"   {baseline} gets nowhere"
+        elif other == name and sooner["speed_up"] is None:
             line += f"   does not reach the final value of {baseline}"
         elif other == name:
             line += f"   at the final value of {baseline} {sooner['speed_up']} times sooner, 95% {sooner['interval']}"

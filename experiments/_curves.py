@@ -77,13 +77,15 @@ def speed_up(baseline: Sequence[Curve], other: Sequence[Curve], resamples: int =
 
 
 def draw(axis: Axes, by_label: Mapping[str, Sequence[Curve]], x_label: str, y_label: str) -> None:
-    """Mean and range of the seeds."""
-    for label, of in by_label.items():
-        middle = mean(of)
+    """Mean and range of the seeds. A label has the colour of its place, also where others have no curves."""
+    for place, (label, of) in enumerate(by_label.items()):
+        if not of:
+            continue
+        middle, color = mean(of), f"C{place}"
         steps = list(middle)
-        (line,) = axis.plot(steps, list(middle.values()), marker="o", markersize=3, label=label)
+        axis.plot(steps, list(middle.values()), marker="o", markersize=3, label=label, color=color)
         low, high = ([edge(curve[step] for curve in of) for step in steps] for edge in (min, max))
-        axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+        axis.fill_between(steps, low, high, alpha=0.15, color=color)
     axis.set(xlabel=x_label, ylabel=y_label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)

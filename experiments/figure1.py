@@ -7,45 +7,31 @@ Runs that are done are skipped, an interrupted one is resumed.
 """
 
 from _comparison import Comparison, main
-from _curves import curves, draw
-from _runs import Point, Run
-from matplotlib.axes import Axes
+from _runs import Run
+from _text import FOLDERS, RIGHT, autoregressive, right, short
 
-RIGHT = "val/program_accuracy/"
-ALONE = {"ar": "autoregressive", "mdm": "MDM", "puma": "PUMA"}
-FROM_AR = {"mdm_from_ar": "AR → MDM", "puma_from_ar": "AR → PUMA"}
-BLOCKS = {"block_mdm": "AR → block MDM", "block_puma": "AR → block PUMA"}
-SHIFTED = ("--model.init_args.shifted", "true")
-PAIRS = (("mdm", "puma"), ("mdm_from_ar", "puma_from_ar"), ("mdm", "puma_from_ar"), ("block_mdm", "block_puma"))
+LABELS = {"mdm": "MDM", "puma": "PUMA", "mdm_from_ar": "AR → MDM", "puma_from_ar": "AR → PUMA"}
+FROM_AR = ("mdm_from_ar", "puma_from_ar")
+PAIRS = (("mdm", "puma"), FROM_AR, ("mdm", "puma_from_ar"))
 
 
-def runs(folder: str) -> dict[str, Run]:
-    """The five ways to train, and block diffusion, which starts from the autoregressive model too."""
-    return {
-        **{name: Run(label, f"configs/{folder}/{name}.yaml") for name, label in ALONE.items()},
-        **{name: Run(label, f"configs/{folder}/{name}.yaml", start="ar") for name, label in FROM_AR.items()},
-        **{name: Run(label, f"configs/{folder}/{name}.yaml", SHIFTED, "ar") for name, label in BLOCKS.items()},
-    }
-
-
-def right(axis: Axes, points: list[Point]) -> None:
-    """A panel: programs right over steps, of each run by the first of its samplers."""
-    named = {**ALONE, **FROM_AR, **BLOCKS}
-    sampled = {
-        name: sorted({p.metric for p in points if p.run == name and p.metric.startswith(RIGHT)})[:1] for name in named
-    }
-    draw(
-        axis,
-        {named[name]: curves(points, name, metric) for name, metrics in sampled.items() for metric in metrics},
-        "optimizer steps",
-        "programs right",
-    )
+def comparison(scale: str) -> Comparison:
+    """The five ways to train; on a CPU those from an autoregressive model for longer too."""
+    folder = FOLDERS[scale]
+    flags = short(500, 125) if scale == "cpu" else ()
+    runs = {"ar": autoregressive(scale)}
+    for name, label in LABELS.items():
+        runs[name] = Run(label, f"configs/{folder}/{name}.yaml", flags, "ar" if name in FROM_AR else None)
+    pairs: tuple[tuple[str, str], ...] = PAIRS
+    if scale == "cpu":
+        for name in FROM_AR:
+            runs[f"{name}_800"] = Run(
+                f"{LABELS[name]}, 800 steps", f"configs/{folder}/{name}.yaml", short(800, 100), "ar"
+            )
+        pairs = (*PAIRS, ("mdm_from_ar_800", "puma_from_ar_800"))
+    panels = (right(runs), (f"{RIGHT}confidence_2", "seconds"), ("val/loss", "steps"))
+    return Comparison(runs, pairs, RIGHT, panels)
 
 
 if __name__ == "__main__":
-    panels = (right, (f"{RIGHT}confidence_2", "seconds"), ("val/loss", "steps"))
-    scales = {
-        scale: Comparison(runs(folder), PAIRS, RIGHT, panels)
-        for scale, folder in {"cpu": "words", "gpu": "tinygsm"}.items()
-    }
-    main(__doc__, "figure1", "text", scales)
+    main(__doc__, "figure1", "text", {scale: comparison(scale) for scale in FOLDERS})
