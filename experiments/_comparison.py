@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from _curves import Curve, curves, draw, mean, speed_up
-from _runs import ROOT, Point, Run, collect, parser, train, write_csv
+from _runs import Arguments, Point, Run, arguments, collect, train, write_csv
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# The curves of a metric over "steps" or "seconds", or what draws the points.
-Panel = tuple[str, str] | Callable[[Axes, list[Point]], None]
+Drawn = Callable[[Axes, list[Point]], None]
+# How a metric begins, and "steps" or "seconds"; or what draws the points. Each run shows the first of its metrics that
+# begins so, as samplers and sets may be named otherwise.
+Panel = tuple[str, str] | Drawn
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Comparison:
     """What is run and what is asked.
 
     Attributes:
-        runs: By name.
+        runs: By name. Curves are drawn of those that are fitted, under their labels, which must differ.
         pairs: Baseline and other: how much sooner the other is at the baseline's final value.
         measure: How the metrics begin that they are compared by; higher is better.
         panels: What to draw, side by side.
@@ -56,7 +58,19 @@ def report(points: list[Point], asked: Comparison) -> dict[str, Any]:
 
 def title(metric: str) -> str:
     """What the axis of a metric says."""
-    return metric.removeprefix("val/").replace("solved/confidence_", "solved, cells a pass: ")
+    name = metric.removeprefix("val/").replace("solved/confidence_", "solved, cells a pass: ")
+    return name.replace("program_accuracy/", "programs right")
+
+
+def by_seconds(points: list[Point], run: str, metric: str) -> list[Curve]:
+    """The curves of a run over the seconds that its steps took on average over the seeds."""
+    clocks: dict[int, Curve] = {}
+    for point in points:
+        if point.run == run and point.metric == metric:
+            clocks.setdefault(point.seed, {})[point.step] = point.seconds
+    clock = mean(list(clocks.values())) if clocks else {}
+    of = curves(points, run, metric)
+    return [{round(clock[step]): value for step, value in curve.items() if step in clock} for curve in of]
 
 
 def picture(points: list[Point], asked: Comparison) -> Figure:
@@ -64,27 +78,21 @@ def picture(points: list[Point], asked: Comparison) -> Figure:
     rows = -(-len(asked.panels) // 3)
     figure = Figure(figsize=(10, 2.8 * rows), dpi=120, layout="constrained")
     axes = list(figure.subplots(rows, 3, squeeze=False).flat)
-    for axis in axes:
-        axis.set_visible(False)
     for axis, panel in zip(axes, asked.panels, strict=False):
-        axis.set_visible(True)
         if callable(panel):
             panel(axis, points)
             continue
-        metric, over = panel
+        begins, over = panel
         by_label: dict[str, list[Curve]] = {}
         for name, run in asked.runs.items():
-            of = curves(points, name, metric)
-            if of and over == "seconds":
-                # Steps take the seconds they took on average over the seeds.
-                clock = mean(
-                    [{p.step: p.seconds for p in points if (p.run, p.seed, p.metric) == (name, seed, metric)}
-                     for seed in {p.seed for p in points if p.run == name}]
-                )  # fmt: skip
-                of = [{round(clock[step]): value for step, value in curve.items() if step in clock} for curve in of]
-            by_label[run.label] = of
-        draw(axis, by_label, "seconds" if over == "seconds" else "optimizer steps", title(metric))
+            if run.command == "fit":
+                metrics = sorted({p.metric for p in points if p.run == name and p.metric.startswith(begins)})
+                of = by_seconds if over == "seconds" else curves
+                by_label[run.label] = of(points, name, metrics[0]) if metrics else []
+        draw(axis, by_label, "seconds" if over == "seconds" else "optimizer steps", title(begins))
         axis.set_ylim(bottom=0)
+    for axis in axes[len(asked.panels) :]:
+        axis.set_visible(False)
     return figure
 
 
@@ -103,27 +111,30 @@ def said(run: Run, values: dict[str, Any], name: str) -> str:
     return line
 
 
-def main(doc: str | None, name: str, folder_name: str, scales: dict[str, Comparison]) -> None:
-    """Run, collect, report; the folder of the runs is by default ``runs/experiments/NAME_SCALE``."""
-    args, flags = parser(doc, name, folder_name).parse_known_args()
+def main(doc: str | None, name: str, folder: str, scales: dict[str, Comparison]) -> None:
+    """Run, collect, report; the folder of the runs is by default ``runs/experiments/FOLDER_SCALE``."""
+    args = arguments(doc, name, folder, scales)
     asked = scales[args.scale]
-    folder = args.folder or Path("runs/experiments") / f"{folder_name}_{args.scale}"
-    out = args.out or ROOT / "experiments" / "results" / f"{name}_{args.scale}"
-    train(asked.runs, args.seeds, folder, args.jobs, args.threads, flags)
-    points = collect(asked.runs, args.seeds, folder)
-    write_csv(out.with_name(f"{out.name}.csv"), points)
+    train(asked.runs, args.seeds, args.folder, args.jobs, args.threads, args.flags)
+    points = collect(asked.runs, args.seeds, args.folder)
     found = report(points, asked)
-    write_json(out, asked.runs, args.seeds, flags, found)
-    picture(points, asked).savefig(out.with_name(f"{out.name}.png"))
+    write(args, asked.runs, points, found, {"": picture(points, asked)})
     for metric, values in found.items():
         print(f"\n{metric}")
-        for name, run in asked.runs.items():
-            if name in values["final"]:
-                print(said(run, values, name))
+        for run_name, run in asked.runs.items():
+            if run_name in values["final"]:
+                print(said(run, values, run_name))
 
 
-def write_json(out: Path, runs: dict[str, Run], seeds: list[int], flags: list[str], found: dict[str, Any]) -> None:
-    """What was found, with what was run."""
+def write(
+    args: Arguments, runs: dict[str, Run], points: list[Point], found: dict[str, Any], figures: dict[str, Figure]
+) -> None:
+    """Points as CSV, what was found and what was run as JSON, pictures by what their names end in."""
+    write_csv(args.out.with_name(f"{args.out.name}.csv"), points)
+    # Of files their names: where they are is nobody's business.
+    flags = [Path(flag).name if Path(flag).exists() else flag for flag in args.flags]
     settings = {name: {"config": run.config, "flags": [*run.flags, *flags]} for name, run in runs.items()}
-    text = json.dumps({"seeds": seeds, "runs": settings, **found}, indent=1)
-    out.with_name(f"{out.name}.json").write_text(text + "\n")
+    text = json.dumps({"seeds": args.seeds, "runs": settings, **found}, indent=1)
+    args.out.with_name(f"{args.out.name}.json").write_text(text + "\n")
+    for ending, figure in figures.items():
+        figure.savefig(args.out.with_name(f"{args.out.name}{ending}.png"))

@@ -45,9 +45,9 @@ def speed_up(baseline: Sequence[Curve], other: Sequence[Curve], resamples: int =
     and 97.5th percentile. A resample in which the other never gets there counts as 0, and is counted.
 
     Returns:
-        ``speed_up`` (None if never reached or the level is 0), ``interval`` (None of fewer than 3 seeds),
-        ``level``, ``steps`` of both, ``never`` (the share of such resamples), and ``at_first_validation`` (it may have
-        been earlier).
+        ``speed_up`` (None if never reached or the level is 0), ``interval`` (None of fewer than 3 seeds, or if the
+        level is 0 in some resample), ``level``, ``steps`` of both, ``never`` (the share of resamples in which the other
+        never gets there), and ``at_first_validation`` (it may have been earlier).
     """
 
     def once(one: Sequence[Curve], two: Sequence[Curve]) -> tuple[float, float, float | None]:
@@ -59,13 +59,14 @@ def speed_up(baseline: Sequence[Curve], other: Sequence[Curve], resamples: int =
 
     level, steps, others = once(baseline, other)
     rng = random.Random(0)
-    ratios = []
+    ratios, lowest = [], level
     for _ in range(resamples):
         resampled = (rng.choices(side, k=len(side)) for side in (baseline, other))
-        _, one, two = once(*resampled)
+        reached, one, two = once(*resampled)
+        lowest = min(lowest, reached)
         ratios.append(0.0 if two is None else one / two)
     ratios.sort()
-    enough = level > 0 and min(len(baseline), len(other)) >= 3
+    enough = lowest > 0 and min(len(baseline), len(other)) >= 3
     return {
         "speed_up": None if others is None or level == 0 else round(steps / others, 3),
         "interval": [round(ratios[int(share * (resamples - 1))], 3) for share in (0.025, 0.975)] if enough else None,

@@ -2,17 +2,20 @@
 
 import argparse
 import csv
+import glob
 import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -51,25 +54,58 @@ class Point:
     value: float
 
 
-def parser(description: str | None, name: str, folder: str) -> argparse.ArgumentParser:
-    """What every experiment can be told. What it does not know goes to ``puma fit``."""
+class Arguments(argparse.Namespace):
+    """What an experiment was told.
+
+    Attributes:
+        scale: ``cpu``, or ``gpu`` for the paper's settings.
+        seeds: Of the runs.
+        folder: Of the runs.
+        jobs: Runs at a time.
+        threads: CPU threads of each run; None for what PyTorch chooses.
+        out: The results, without an ending.
+        flags: For every run.
+    """
+
+    scale: str
+    seeds: list[int]
+    folder: Path
+    jobs: int
+    threads: int | None
+    out: Path
+    flags: list[str]
+
+
+def arguments(description: str | None, name: str, folder: str, scales: Iterable[str]) -> Arguments:
+    """Read the command line. What no experiment knows goes to every run.
+
+    Raises:
+        SystemExit: If something is out of place.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Other flags, such as --trainer.max_steps 500, go to every `puma fit`.",
+        epilog="Other flags, such as --trainer.max_steps 500, go to every run.",
     )  # fmt: skip
-    parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="gpu: the paper's settings")
+    parser.add_argument("--scale", choices=tuple(scales), default="cpu", help="gpu: the paper's settings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, help=f"of the runs; default runs/experiments/{folder}_SCALE")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, help="CPU threads of each run; default what PyTorch chooses")
     parser.add_argument("--out", type=Path, help=f"default experiments/results/{name}_SCALE; .csv, .json and .png")
-    return parser
+    args, flags = parser.parse_known_args(namespace=Arguments())
+    args.flags = flags
+    if any(flag.split("=")[0] == "--seed_everything" for flag in args.flags):
+        parser.error("--seed_everything would make all seeds the same run: give --seeds")
+    args.folder = args.folder or Path("runs/experiments") / f"{folder}_{args.scale}"
+    args.out = args.out or ROOT / "experiments" / "results" / f"{name}_{args.scale}"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def train(
     runs: dict[str, Run], seeds: list[int], folder: Path, jobs: int, threads: int | None, flags: list[str]
 ) -> None:
-    """All runs that are not done, those first that others start from.
+    """Do all runs that are not done, those first that others start from.
 
     Raises:
         SystemExit: If a run fails, or is there with other settings.
@@ -78,7 +114,7 @@ def train(
     later = {name: run for name, run in runs.items() if run.start is not None}
     for name, run in runs.items():
         for seed in seeds:
-            _claim(folder / f"{name}_{seed}", run, seed, flags)
+            _claim(folder / f"{name}_{seed}", run, seed, flags, runs)
     with tqdm(total=len(runs) * len(seeds), desc="runs", unit="run") as progress:
         for some in (first, later):
             with ThreadPoolExecutor(jobs) as pool:
@@ -101,12 +137,21 @@ def _words(run: Run, seed: int, flags: list[str]) -> list[str]:
     return ["--config", run.config, "--seed_everything", str(seed), *run.flags, *flags]
 
 
-def _claim(target: Path, run: Run, seed: int, flags: list[str]) -> None:
-    """Say whose folder it is, or refuse it."""
+def _settings(run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> str:
+    """All that a run depends on, also through the run that it starts from."""
     words = _words(run, seed, flags)
-    configs = [ROOT / word for flag, word in pairwise(words) if flag == "--config" and (ROOT / word).exists()]
+    configs = [ROOT / word for flag, word in pairwise(words) if flag == "--config"]
+    for config in configs:
+        if not config.is_file():
+            raise SystemExit(f"expected a config at {config}, found none")
     made = hashlib.sha256(b"".join(config.read_bytes() for config in configs)).hexdigest()
-    settings = json.dumps({"words": words, "start": run.start, "config_sha256": made}, indent=1)
+    start = None if run.start is None else json.loads(_settings(runs[run.start], seed, flags, runs))
+    return json.dumps({"words": words, "start": start, "config_sha256": made}, indent=1)
+
+
+def _claim(target: Path, run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> None:
+    """Say whose folder it is, or refuse it."""
+    settings = _settings(run, seed, flags, runs)
     said = target / "settings.json"
     if said.exists() and said.read_text() != settings:
         raise SystemExit(f"{target} holds a run with other settings: give another --folder, or delete it")
@@ -114,15 +159,16 @@ def _claim(target: Path, run: Run, seed: int, flags: list[str]) -> None:
     said.write_text(settings)
 
 
-def _absolute(flag: str, of_root: bool = False) -> str:
-    """Flags that name files, alone or in a list, as they are seen from the folder of the run."""
-    if of_root:
-        return str(ROOT / flag)
-    inner = flag[1:-1].split(",") if flag.startswith("[") and flag.endswith("]") else [flag]
-    if not all(Path(part.strip()).exists() for part in inner):
-        return flag
-    found = [str(Path(part.strip()).absolute()) for part in inner]
-    return f"[{','.join(found)}]" if flag.startswith("[") else found[0]
+def _absolute(word: str) -> str:
+    """Words that name files, alone, in a list or by a pattern, as they are seen from the folder of the run."""
+    if word.startswith("--"):
+        flag, equals, value = word.partition("=")
+        return flag + equals + (_absolute(value) if value else "")
+    inner = [part.strip() for part in (word[1:-1].split(",") if word.startswith("[") else [word])]
+    if not all(Path(part).exists() or glob.glob(part) for part in inner):
+        return word
+    found = [str(Path(part).absolute()) for part in inner]
+    return f"[{','.join(found)}]" if word.startswith("[") else found[0]
 
 
 def _train(name: str, run: Run, seed: int, folder: Path, threads: int | None, flags: list[str]) -> None:
@@ -130,7 +176,7 @@ def _train(name: str, run: Run, seed: int, folder: Path, threads: int | None, fl
     if (target / "done").exists():
         return
     words = _words(run, seed, flags)
-    words = [_absolute(word, of_root=flag == "--config") for flag, word in pairwise(["", *words])]
+    words = [str(ROOT / word) if flag == "--config" else _absolute(word) for flag, word in pairwise(["", *words])]
     if run.start is not None:
         flag = "--ckpt_path" if run.command == "validate" else "--model.init_args.init_from"
         words += [flag, str(last_checkpoint(folder / f"{run.start}_{seed}").absolute())]
@@ -155,34 +201,50 @@ def _train(name: str, run: Run, seed: int, folder: Path, threads: int | None, fl
 
 
 def last_checkpoint(folder: Path) -> Path:
+    """The newest ``last.ckpt`` in the folder of a run."""
     return max(folder.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
 
 
 def collect(runs: dict[str, Run], seeds: list[int], folder: Path) -> list[Point]:
-    """Every validation metric, and what is logged of chains, of all runs."""
-    points = []
-    for name in runs:
-        for seed in seeds:
-            found: dict[tuple[str, int], Point] = {}
-            for events in sorted((folder / f"{name}_{seed}").rglob("events.out.tfevents.*"), key=_started):
-                reader = EventAccumulator(str(events), size_guidance={"scalars": 0})
-                reader.Reload()
-                began = reader.FirstEventTimestamp()
-                scalars = [(metric, event) for metric in reader.Tags()["scalars"] for event in reader.Scalars(metric)]
-                first = min((event.step for _, event in scalars), default=0)
-                # A resumed run goes on in a file of its own, from the last validation before it.
-                before = max((point.seconds for point in found.values() if point.step <= first), default=0.0)
-                for metric, event in scalars:
-                    if metric.startswith(("val/", "chain/")):
-                        step, seconds = event.step + 1, before + event.wall_time - began
-                        found[metric, step] = Point(name, seed, step, round(seconds, 1), metric, event.value)
-            ends = {metric: max(step for named, step in found if named == metric) for metric, _ in found}
-            if last := max(ends.values(), default=0):
-                missing = sorted(metric for metric, end in ends.items() if metric.startswith("val/") and end < last)
-                if missing:
-                    raise SystemExit(f"{name}, seed {seed}: step {last} was validated in part, without {missing}")
-            points += [found[key] for key in sorted(found)]
-    return points
+    """Every validation metric, and what is logged of chains, of all runs.
+
+    Raises:
+        SystemExit: If the last step of a run was not validated, or in part.
+    """
+    return [
+        point
+        for name, run in runs.items()
+        for seed in seeds
+        for point in _points(name, seed, folder / f"{name}_{seed}", run.command)
+    ]
+
+
+def _points(name: str, seed: int, target: Path, command: str) -> list[Point]:
+    found: dict[tuple[str, int], Point] = {}
+    clock = [(0, 0.0)]  # optimizer steps and the seconds they took
+    for events in sorted(target.rglob("events.out.tfevents.*"), key=_started):
+        reader = EventAccumulator(str(events), size_guidance={"scalars": 0})
+        reader.Reload()
+        began = reader.FirstEventTimestamp()
+        scalars = [(metric, event) for metric in reader.Tags()["scalars"] for event in reader.Scalars(metric)]
+        first = min((event.step for _, event in scalars), default=0)
+        # A resumed run goes on in a file of its own; what it does again does not count twice.
+        before = max(seconds for step, seconds in clock if step <= first)
+        for metric, event in scalars:
+            step, seconds = event.step + 1, before + event.wall_time - began
+            clock.append((step, seconds))
+            if metric.startswith(("val/", "chain/")):
+                found[metric, step] = Point(name, seed, step, round(seconds, 1), metric, event.value)
+    ends = {metric: max(step for named, step in found if named == metric) for metric, _ in found}
+    last = max(ends.values(), default=0)
+    missing = sorted(metric for metric, end in ends.items() if metric.startswith("val/") and end < last)
+    trained = torch.load(last_checkpoint(target), weights_only=True)["global_step"] if command == "fit" else last
+    if missing or trained > last:
+        raise SystemExit(
+            f"{target}: step {trained} was not validated, or without {missing or 'anything'}; the run was interrupted "
+            "there. Delete the folder and run again"
+        )
+    return [found[key] for key in sorted(found)]
 
 
 def _started(events: Path) -> int:
@@ -191,7 +253,6 @@ def _started(events: Path) -> int:
 
 def write_csv(path: Path, points: list[Point]) -> None:
     """Tidy: one value a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)

@@ -4,6 +4,7 @@ from _runs import Run
 
 STAGES = "--model.init_args.forward_process.init_args.num_stages"
 THRESHOLD = "--model.init_args.forward_process.init_args.threshold"
+EVERY_POLICY = ("--config", "experiments/policies.yaml")
 
 
 def keep(every: int) -> tuple[str, ...]:
@@ -18,18 +19,19 @@ def keep(every: int) -> tuple[str, ...]:
     )
 
 
+KEPT = {"cpu": keep(500), "gpu": keep(8000)}
 RUNS = {
     "cpu": {
-        "mdm": Run("MDM", "configs/sudoku/small_mdm.yaml", keep(500)),
-        "puma_k6": Run("PUMA, K 6", "configs/sudoku/small_puma.yaml", keep(500)),
-        "puma_k3": Run("PUMA, K 3", "configs/sudoku/small_puma.yaml", (STAGES, "3", *keep(500))),
+        "mdm": Run("MDM", "configs/sudoku/small_mdm.yaml", KEPT["cpu"]),
+        "puma_k6": Run("PUMA, K 6", "configs/sudoku/small_puma.yaml", KEPT["cpu"]),
+        "puma_k3": Run("PUMA, K 3", "configs/sudoku/small_puma.yaml", (STAGES, "3", *KEPT["cpu"])),
     },
     "gpu": {
-        "mdm": Run("MDM", "configs/sudoku/mdm.yaml", keep(8000)),
-        "puma": Run("PUMA", "configs/sudoku/puma.yaml", keep(8000)),
+        "mdm": Run("MDM", "configs/sudoku/mdm.yaml", KEPT["gpu"]),
+        "puma": Run("PUMA", "configs/sudoku/puma.yaml", KEPT["gpu"]),
     },
 }
-EVERY_POLICY = ("--config", "experiments/policies.yaml")
+PUMA = {"cpu": "puma_k6", "gpu": "puma"}  # beside the baseline in figures 3 and 4
 SOLVED = {
     "cpu": ("val/solved/confidence_1", "val/solved/confidence_3", "val/solved/confidence_6"),
     "gpu": ("val/solved/confidence_1", "val/solved/confidence_2", "val/solved/confidence_3"),

@@ -18,12 +18,15 @@ CPU = {
     "self_aligned": Run("SAT-Mask", "configs/sudoku/small_self_aligned.yaml"),
 }
 
-if __name__ == "__main__":
-    others = [name for name in CPU if name != "mdm"]
-    pairs = (*(("mdm", name) for name in others), *(("puma_k6", name) for name in others if name != "puma_k6"))
-    panels = (
-        *((metric, "steps") for metric in SOLVED["cpu"]),
-        ("chain/mismatch", "steps"),
-        ("chain/sequences", "steps"),
+OTHERS = tuple(name for name in CPU if name != "mdm")
+SCALES = {
+    "cpu": Comparison(
+        CPU,
+        (*(("mdm", name) for name in OTHERS), *(("puma_k6", name) for name in OTHERS if name != "puma_k6")),
+        "val/solved/",
+        (*((metric, "steps") for metric in SOLVED["cpu"]), ("chain/mismatch", "steps"), ("chain/sequences", "steps")),
     )
-    main(__doc__, "beyond", "sudoku", {"cpu": Comparison(CPU, pairs, "val/solved/", panels)})
+}
+
+if __name__ == "__main__":
+    main(__doc__, "beyond", "sudoku", SCALES)

@@ -8,23 +8,21 @@ The autoregressive models are figure1.py's. Runs that are done are skipped, an i
 
 from _comparison import Comparison, main
 from _runs import Run
-from _text import FOLDERS, RIGHT, autoregressive, right, short
+from _text import FOLDERS, RIGHT, autoregressive, short
 
-LABELS = {"mdm_from_ar": "AR → MDM", "block_mdm": "AR → block MDM", "block_puma": "AR → block PUMA"}
+BLOCKS = {"block_mdm": "AR → block MDM", "block_puma": "AR → block PUMA"}
 SHIFTED = ("--model.init_args.shifted", "true")
 
 
 def comparison(scale: str) -> Comparison:
     """Blocks of one size, and the whole sequence as one block."""
+    folder = FOLDERS[scale]
     flags = short(150, 75) if scale == "cpu" else ()
-    runs = {"ar": autoregressive(scale)}
-    for name, label in LABELS.items():
-        shifted = () if name == "mdm_from_ar" else SHIFTED
-        # A run of other settings than figure1.py's needs another name.
-        key = "mdm_from_ar_150" if name == "mdm_from_ar" and scale == "cpu" else name
-        runs[key] = Run(label, f"configs/{FOLDERS[scale]}/{name}.yaml", (*shifted, *flags), "ar")
-    shown = {name: run for name, run in runs.items() if name != "ar"}
-    return Comparison(runs, (("block_mdm", "block_puma"),), RIGHT, (right(shown), ("val/loss", "steps")))
+    whole = "mdm_from_ar_150" if scale == "cpu" else "mdm_from_ar"  # figure1.py's is longer on a CPU
+    runs = {"ar": autoregressive(scale), whole: Run("AR → MDM", f"configs/{folder}/mdm_from_ar.yaml", flags, "ar")}
+    for name, label in BLOCKS.items():
+        runs[name] = Run(label, f"configs/{folder}/{name}.yaml", (*SHIFTED, *flags), "ar")
+    return Comparison(runs, (("block_mdm", "block_puma"),), RIGHT, ((RIGHT, "steps"), ("val/loss", "steps")))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ Runs that are done are skipped, an interrupted one is resumed.
 
 from _comparison import Comparison, main
 from _runs import Run
-from _text import FOLDERS, RIGHT, autoregressive, right, short
+from _text import FOLDERS, RIGHT, autoregressive, short
 
 LABELS = {"mdm": "MDM", "puma": "PUMA", "mdm_from_ar": "AR → MDM", "puma_from_ar": "AR → PUMA"}
 FROM_AR = ("mdm_from_ar", "puma_from_ar")
-PAIRS = (("mdm", "puma"), FROM_AR, ("mdm", "puma_from_ar"))
 
 
 def comparison(scale: str) -> Comparison:
@@ -22,15 +21,13 @@ def comparison(scale: str) -> Comparison:
     runs = {"ar": autoregressive(scale)}
     for name, label in LABELS.items():
         runs[name] = Run(label, f"configs/{folder}/{name}.yaml", flags, "ar" if name in FROM_AR else None)
-    pairs: tuple[tuple[str, str], ...] = PAIRS
+    pairs = [("mdm", "puma"), FROM_AR]
     if scale == "cpu":
         for name in FROM_AR:
-            runs[f"{name}_800"] = Run(
-                f"{LABELS[name]}, 800 steps", f"configs/{folder}/{name}.yaml", short(800, 100), "ar"
-            )
-        pairs = (*PAIRS, ("mdm_from_ar_800", "puma_from_ar_800"))
-    panels = (right(runs), (f"{RIGHT}confidence_2", "seconds"), ("val/loss", "steps"))
-    return Comparison(runs, pairs, RIGHT, panels)
+            label = f"{LABELS[name]}, 800 steps"
+            runs[f"{name}_800"] = Run(label, f"configs/{folder}/{name}.yaml", short(800, 100), "ar")
+        pairs.append(("mdm_from_ar_800", "puma_from_ar_800"))
+    return Comparison(runs, tuple(pairs), RIGHT, ((RIGHT, "steps"), (RIGHT, "seconds"), ("val/loss", "steps")))
 
 
 if __name__ == "__main__":

@@ -3,109 +3,102 @@
     python experiments/figure3.py                  # 6x6, few clues and puzzles, on a CPU
     python experiments/figure3.py --scale gpu --data.train_file train.csv.gz --data.val_file test.csv.gz
 
-It looks at the checkpoints of figure5.py's runs, which it trains if they are not there.
+It looks at the checkpoints that figure5.py's runs keep, and trains them if they are not there. The last one kept is the
+final model.
 """
 
-import json
-import re
 from pathlib import Path
 
 import torch
 import yaml
+from _comparison import write
 from _curves import curves, draw, mean
-from _runs import ROOT, Point, parser, train, write_csv
-from _sudoku import RUNS
+from _runs import Point, Run, arguments, train
+from _sudoku import PUMA, RUNS
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
-from puma_lightning import Confidence, MaskedDiffusion, Sampler, SudokuDataModule
+from puma_lightning import Confidence, MaskedDiffusion, Sample, Sampler, SudokuDataModule
+from puma_lightning.plots import draw_reveal_order
 
 NUM_PUZZLES = 64
-SHOWN = 5  # models in the picture
-AGREEMENT = "order/agreement"
-SOLVED = "order/solved"
+SHOWN = 5  # models in the picture of orders
+AGREEMENT, SOLVED = "order/agreement", "order/solved"
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """Those kept along the way, by optimizer step."""
-    return {int(re.findall(r"\d+", path.stem)[0]): path for path in sorted(folder.rglob("step=*.ckpt"))}
+    """Those kept along the way, by optimizer step in order."""
+    found = {int(path.stem.removeprefix("step=")): path for path in folder.rglob("step=*.ckpt")}
+    return dict(sorted(found.items()))
 
 
-def orders(checkpoint: Path, data: SudokuDataModule) -> tuple[Tensor, Tensor, Tensor]:
-    """When each position is revealed, -1 where given, (N, L); what is given, (N, L); what is solved, (N,)."""
-    model = MaskedDiffusion.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+def puzzles(folder: Path) -> tuple[SudokuDataModule, Tensor, Tensor]:
+    """The DataModule of a run, the first validation puzzles, (N, L) int64, and what is given of them, (N, L) bool."""
+    config = next(folder.rglob("config.yaml"))
+    data = SudokuDataModule(**yaml.safe_load(config.read_text())["data"]["init_args"])
+    data.prepare_data()
+    data.setup("validate")
     loaders = data.val_dataloader()
     batch = next(iter(loaders[0] if isinstance(loaders, list) else loaders))
-    x0, prompt_mask = batch["input_ids"][:NUM_PUZZLES], batch["prompt_mask"][:NUM_PUZZLES]
-    sample = model.sample(x0, prompt_mask, Sampler(Confidence()), torch.Generator().manual_seed(0))
-    return sample.reveal_step, prompt_mask, (sample.tokens == x0).all(1)
+    return data, batch["input_ids"][:NUM_PUZZLES], batch["prompt_mask"][:NUM_PUZZLES]
+
+
+def solve(checkpoint: Path, x0: Tensor, prompt_mask: Tensor) -> Sample:
+    """By confidence, one position a pass."""
+    model = MaskedDiffusion.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    return model.sample(x0, prompt_mask, Sampler(Confidence()), torch.Generator().manual_seed(0))
 
 
 def agreement(order: Tensor, other: Tensor, prompt_mask: Tensor) -> float:
-    """Spearman's rank correlation of two orders of the answer, mean over the puzzles; 0 for unrelated ones."""
+    """Spearman's rank correlation of two orders of the answer, mean over the puzzles; 0 for unrelated ones.
+
+    Args:
+        order: When each position is revealed, (N, L) int64.
+        other: The same of another model.
+        prompt_mask: True where a position is given and has no order, (N, L) bool.
+    """
     rows = zip(order, other, ~prompt_mask, strict=True)
     return float(torch.stack([spearman_corrcoef(a[m].float(), b[m].float()) for a, b, m in rows]).mean())
 
 
-def picture(points: list[Point], labels: dict[str, str], shown: dict[int, Tensor], side: int) -> Figure:
-    """Above: one puzzle's order at several steps, of the last run. Below: agreement with the final model's order."""
-    figure = Figure(figsize=(10, 5.2), dpi=120, layout="constrained")
-    grid = figure.add_gridspec(2, 2 * SHOWN, height_ratios=(1, 1.3))
-    for place, (step, order) in enumerate(shown.items()):
-        axis = figure.add_subplot(grid[0, 2 * place : 2 * place + 2])
-        axis.imshow(order.view(side, side).float().masked_fill(order.view(side, side) < 0, float("nan")))
-        for cell, when in enumerate(order.tolist()):
-            if when >= 0:
-                axis.text(cell % side, cell // side, str(when + 1), ha="center", va="center", fontsize=6, color="white")
-        axis.set(xticks=[], yticks=[], title=f"step {step:,}")
-        axis.title.set_fontsize(9)
-    figure.suptitle(
-        f"{list(labels.values())[-1]}: the order in which one puzzle is filled in (blank: given)", fontsize=9
-    )
-    for place, (metric, name) in enumerate(((AGREEMENT, "rank correlation with the final order"), (SOLVED, "solved"))):
-        axis = figure.add_subplot(grid[1, SHOWN * place : SHOWN * (place + 1)])
-        draw(axis, {label: curves(points, run, metric) for run, label in labels.items()}, "optimizer steps", name)
+def picture(points: list[Point], runs: dict[str, Run]) -> Figure:
+    """Agreement with the final model's order, and what is solved, over steps."""
+    figure = Figure(figsize=(8, 2.8), dpi=120, layout="constrained")
+    panels = {AGREEMENT: "rank correlation with the final order", SOLVED: "solved"}
+    for axis, (metric, name) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        draw(axis, {run.label: curves(points, key, metric) for key, run in runs.items()}, "optimizer steps", name)
         axis.set_ylim(0, 1.02)
     return figure
 
 
 def main() -> None:
     """Train what is missing, look at every checkpoint, report."""
-    args, flags = parser(__doc__, "figure3", "sudoku").parse_known_args()
-    runs = {name: run for name, run in RUNS[args.scale].items() if name != "puma_k3"}
-    folder = args.folder or Path("runs/experiments") / f"sudoku_{args.scale}"
-    out = args.out or ROOT / "experiments" / "results" / f"figure3_{args.scale}"
-    train(runs, args.seeds, folder, args.jobs, args.threads, flags)
-    points, shown, data = [], {}, None
+    args = arguments(__doc__, "figure3", "sudoku", RUNS)
+    runs = {name: RUNS[args.scale][name] for name in ("mdm", PUMA[args.scale])}
+    train(runs, args.seeds, args.folder, args.jobs, args.threads, args.flags)
+    points: list[Point] = []
+    samples: dict[int, Sample] = {}
     for name in runs:
         for seed in args.seeds:
-            kept = checkpoints(folder / f"{name}_{seed}")
-            if data is None:
-                (config,) = (folder / f"{name}_{seed}").rglob("version_0/config.yaml")
-                data = SudokuDataModule(**yaml.safe_load(config.read_text())["data"]["init_args"])
-                data.prepare_data()
-                data.setup("validate")
-            final, prompt_mask, _ = orders(kept[max(kept)], data)
-            for step, path in sorted(kept.items()):
-                order, _, solved = orders(path, data)
-                values = {AGREEMENT: agreement(order, final, prompt_mask), SOLVED: float(solved.float().mean())}
+            folder = args.folder / f"{name}_{seed}"
+            data, x0, prompt_mask = puzzles(folder)
+            samples = {step: solve(path, x0, prompt_mask) for step, path in checkpoints(folder).items()}
+            for step, sample in samples.items():
+                values = {
+                    AGREEMENT: agreement(sample.reveal_step, samples[max(samples)].reveal_step, prompt_mask),
+                    SOLVED: float((sample.tokens == x0).all(1).float().mean()),
+                }
                 points += [Point(name, seed, step, 0, metric, round(value, 4)) for metric, value in values.items()]
-                if seed == args.seeds[0] and name == list(runs)[-1]:
-                    shown[step] = order[0]
-    steps = sorted(shown)
-    chosen = [
-        steps[round(i * (len(steps) - 1) / max(1, min(SHOWN, len(steps)) - 1))] for i in range(min(SHOWN, len(steps)))
-    ]
-    labels = {name: run.label for name, run in runs.items()}
-    write_csv(out.with_name(f"{out.name}.csv"), points)
-    side = round(len(shown[steps[0]]) ** 0.5)
-    picture(points, labels, {step: shown[step] for step in chosen}, side).savefig(out.with_name(f"{out.name}.png"))
-    found = {name: {m: mean(curves(points, name, m)) for m in (AGREEMENT, SOLVED)} for name in runs}
-    out.with_name(f"{out.name}.json").write_text(json.dumps({"seeds": args.seeds, **found}, indent=1) + "\n")
-    for name, label in labels.items():
-        line = "  ".join(f"{step:,}: {value:.2f}" for step, value in found[name][AGREEMENT].items())
-        print(f"{label:<12} rank correlation with the final order  {line}")
+    # One puzzle of the last run, PUMA of the last seed.
+    steps = [list(samples)[i] for i in sorted({round(i * (len(samples) - 1) / (SHOWN - 1)) for i in range(SHOWN)})]
+    panels = [[(samples[step].tokens[0], samples[step].reveal_step[0], x0[0]) for step in steps]]
+    orders = draw_reveal_order(panels, [f"step {step:,}" for step in steps], data.order)
+    found = {m: {name: mean(curves(points, name, m)) for name in runs} for m in (AGREEMENT, SOLVED)}
+    write(args, runs, points, found, {"": picture(points, runs), "_orders": orders})
+    for name, run in runs.items():
+        line = "  ".join(f"{step:,}: {value:.2f}" for step, value in found[AGREEMENT][name].items())
+        print(f"{run.label:<12} rank correlation with the final order  {line}")
 
 
 if __name__ == "__main__":

@@ -46,21 +46,41 @@ def test_a_share_of_the_batch_leaves_after_one_step(num_stages, share):
 
 
 @pytest.mark.parametrize("threshold", [None, 0.9])
-def test_without_random_masks_it_is_puma(threshold):
-    """The same counts and stages at every step, whatever is drawn otherwise."""
-    mixed, puma = (stream_of(make(), 64) for make in (lambda: MixedMasking(0.0, 4), lambda: ProgressiveUnmasking(4)))
+@pytest.mark.parametrize("num_stages", [4, [(0, 2), (5, 4)]], ids=["K=4", "K grows"])
+def test_without_random_masks_it_is_puma(threshold, num_stages):
+    """The same boards at every step."""
+    mixed = stream_of(MixedMasking(0.0, num_stages, threshold=threshold), 64)
+    puma = stream_of(ProgressiveUnmasking(num_stages, threshold=threshold), 64)
     for step, (a, b) in enumerate(zip(mixed, puma, strict=False)):
         if step == 12:
             break
-        assert torch.equal(a["stage"], b["stage"])
+        assert all(torch.equal(a[name], b[name]) for name in a)
         for stream, batch in ((mixed, a), (puma, b)):
             stream.advance(left_to_right(batch["input_ids"]), step)
-        assert mixed.sequences.position == puma.sequences.position
 
 
-def test_all_counts_are_masked_equally_often_whatever_the_share():
-    """n is as in random masking and as in PUMA over all stages, so the loss weighs all counts as they do."""
-    stream = stream_of(MixedMasking(0.5, 4))
+@pytest.mark.parametrize(
+    "process", [MixedMasking(1.0, 4), ProgressiveUnmasking(1)], ids=["all random", "PUMA with K 1"]
+)
+def test_random_masks_are_what_is_left_of_it(process):
+    """Once the first chains are over every sequence leaves after one step, and no position is masked more often."""
+    stream = stream_of(process)
+    masked, before = [], 0
+    for step, batch in enumerate(stream):
+        if step == 40:
+            break
+        if step > 4:
+            assert stream.sequences.position == before + ROWS
+            masked.append(batch["xt"] == MASK)
+        before = stream.sequences.position
+        stream.advance(left_to_right(batch["input_ids"]), step)
+    assert torch.cat(masked).float().mean(0).std() < 0.02
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+def test_all_counts_are_masked_equally_often_whatever_the_share(share):
+    """n is as over all of PUMA's stages, so the loss weighs all counts as it does."""
+    stream = stream_of(MixedMasking(share, 4))
     counts = torch.zeros(LENGTH + 1)
     for step, batch in enumerate(stream):
         if step == 100:

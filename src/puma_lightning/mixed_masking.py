@@ -10,13 +10,16 @@ from puma_lightning.unmasking import Confidence, PolicyLike, Prediction, reveal_
 
 
 class MixedMasking(ProgressiveUnmasking):
-    """PUMA, with a share of every batch masked at random as in ``RandomMasking``.
+    """PUMA, with a share of every batch masked at random.
 
-    A sequence that is masked at random leaves after one step, so a batch holds more distinct sequences than PUMA's. To
-    go from random masks to PUMA's in the course of training let K grow from 1, with which PUMA *is* random masking.
+    A sequence that is masked at random leaves after one step, so that more fresh sequences are taken in a step than by
+    PUMA alone. Its n is distributed as over all of PUMA's stages, which is as in ``RandomMasking`` up to the rounding
+    of targets. To go from random masks to PUMA's in the course of training let K grow from 1, with which PUMA *is*
+    random masking, again up to rounding.
 
     Args:
-        random_share: Of the rows of a batch, on average; with a threshold, which shortens chains, it is more.
+        random_share: Of the rows of a batch, on average. With a threshold, which changes how long chains are and may
+            keep one at stage 0, and of answers of hardly more than K positions it is approximate.
         num_stages: As in ``ProgressiveUnmasking``.
         policy: As in ``ProgressiveUnmasking``.
         threshold: As in ``ProgressiveUnmasking``.
@@ -51,7 +54,7 @@ class MixedMasking(ProgressiveUnmasking):
         count = target_count(torch.zeros_like(stage), 1, answer_length, generator)  # of any stage
         at_random = reveal_at_random(x0, prompt_mask, count, mask_id, generator)
         # A chain stays K times as long, so of those that enter more are random than of those that are there.
-        entering = num_stages * self.random_share
+        entering = self.chain_stages(num_stages, answer_length) * self.random_share
         uniform = torch.rand(stage.shape, dtype=torch.float, device=stage.device, generator=generator)
         chosen = (uniform * (entering + 1 - self.random_share) < entering) & (stage == 0)
         return torch.where(chosen[:, None], at_random, chain)
@@ -68,7 +71,8 @@ class MixedMasking(ProgressiveUnmasking):
         answer_length = (~slots.prompt_mask).sum(1)
         revealed = answer_length - (slots.xt == mask_id).sum(1)
         # A chain begins with a random mask as well. So a slot need not say which it is: of those at stage 0 that look
-        # alike, the share that is random has to leave. No chain begins beyond A / K, where targets round half-way.
+        # alike, the share that is random has to leave. A chain begins with at most round(A / K) revealed, and with just
+        # that many only as often as targets round up to it.
         begins = answer_length / self.chain_stages(slots.num_stages, answer_length) - revealed + 0.5
         looks = self.random_share + (1 - self.random_share) * begins.clamp(0, 1)
         uniform = torch.rand(revealed.shape, dtype=torch.float, device=revealed.device, generator=generator)

@@ -104,6 +104,7 @@ def test_items_depend_on_their_index_only(order: int, layout: Any, seed: int, dr
         alone = SudokuDataset(boards, layout, augment=5, seed=seed)[index]
         assert torch.equal(alone["input_ids"], together["input_ids"][row])
         assert torch.equal(alone["prompt_mask"], together["prompt_mask"][row])
+    assert len(list(SudokuDataset(boards, layout))) == 10  # iteration ends
     plain = batch(SudokuDataset(boards, layout), range(10))
     assert torch.equal(batch(dataset, range(10))["input_ids"], plain["input_ids"])
 

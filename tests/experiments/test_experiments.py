@@ -1,6 +1,8 @@
 """Experiments run what is missing and nothing else, and say of curves what is in them."""
 
 import csv
+import json
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -9,6 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from puma_lightning import SudokuDataModule
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -90,9 +97,14 @@ class Fits:
 
 
 @pytest.fixture
-def fits(runs, monkeypatch):
+def fits(runs, monkeypatch, tmp_path):
     fake = Fits()
     monkeypatch.setattr(runs.subprocess, "run", fake.run)
+    root = tmp_path / "root"
+    (root / "experiments").mkdir(parents=True)
+    for name in ("a.yaml", "b.yaml", "experiments/policies.yaml"):
+        (root / name).write_text(name)
+    monkeypatch.setattr(runs, "ROOT", root)
     return fake
 
 
@@ -162,15 +174,90 @@ def test_a_run_is_validated_at_the_end_of_another_with_a_second_config(runs, fit
     assert "--model.init_args.init_from" not in words
 
 
-def test_a_changed_second_config_is_another_setting(runs, fits, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
-    for name in ("a.yaml", "b.yaml"):
-        (tmp_path / name).write_text(name)
+def test_a_changed_config_is_another_setting_also_of_what_a_run_starts_from(runs, fits, tmp_path):
     one = {"a": runs.Run("a", "a.yaml", ("--config", "b.yaml"))}
-    runs.train(one, [0], tmp_path / "runs", 1, None, [])
-    (tmp_path / "b.yaml").write_text("other")
-    with pytest.raises(SystemExit, match="other settings"):
-        runs.train(one, [0], tmp_path / "runs", 1, None, [])
+    two = {"early": runs.Run("early", "b.yaml"), "late": runs.Run("late", "a.yaml", start="early")}
+    runs.train(one, [0], tmp_path / "one", 1, None, [])
+    runs.train(two, [0], tmp_path / "two", 1, None, [])
+    (runs.ROOT / "b.yaml").write_text("other")
+    with pytest.raises(SystemExit, match="a_0 holds a run with other settings"):
+        runs.train(one, [0], tmp_path / "one", 1, None, [])
+    # Whoever deletes and repeats what has changed must not be left with what was made from it.
+    shutil.rmtree(tmp_path / "two/early_0")
+    with pytest.raises(SystemExit, match="late_0 holds a run with other settings"):
+        runs.train(two, [0], tmp_path / "two", 1, None, [])
+
+
+def test_a_config_that_is_not_there_is_told(runs, fits, tmp_path):
+    with pytest.raises(SystemExit, match=r"expected a config at .*none\.yaml"):
+        runs.train({"a": runs.Run("a", "none.yaml")}, [0], tmp_path / "runs", 1, None, [])
+
+
+def test_patterns_and_flags_with_equals_are_found_too(runs, fits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").touch()
+    flags = ["--data.train_file", "*.csv", "--data.val_file=a.csv", "--data.layout=in_place", "--x", "*.parquet"]
+    runs.train({"a": runs.Run("a", "a.yaml")}, [0], tmp_path / "runs", 1, None, flags)
+    words = fits.commands[0]
+    assert words[words.index("--data.train_file") + 1] == str(tmp_path / "*.csv")
+    assert f"--data.val_file={tmp_path / 'a.csv'}" in words
+    assert {"--data.layout=in_place", "*.parquet"} <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed_everything", "3"], "give --seeds"),
+        (["--seed_everything=3"], "give --seeds"),
+        (["--scale", "gpu"], "cpu"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(runs, monkeypatch, capsys, words, said):
+    monkeypatch.setattr(sys, "argv", ["beyond.py", *words])
+    with pytest.raises(SystemExit):
+        runs.arguments(None, "beyond", "sudoku", ["cpu"])
+    assert said in capsys.readouterr().err
+
+
+class Logged:
+    """A run as ``puma fit`` leaves it: what it logged, in one file for each attempt, and its last checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.attempts = 0
+
+    def attempt(self, values: list[tuple[str, int, float, float]], global_step: int) -> None:
+        """Metric, steps done, seconds since the attempt began, value."""
+        target = self.folder / f"version_{self.attempts}"
+        (target / "checkpoints").mkdir(parents=True)
+        writer, began = EventFileWriter(str(target)), time.time()
+        for metric, step, seconds, value in values:
+            summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=metric, simple_value=value)])
+            writer.add_event(event_pb2.Event(wall_time=began + seconds, step=step - 1, summary=summary))
+        writer.close()
+        (events,) = target.glob("events*")
+        events.rename(target / f"events.out.tfevents.{self.attempts}.x")
+        torch.save({"global_step": global_step}, target / "checkpoints" / "last.ckpt")
+        self.attempts += 1
+
+
+def test_the_seconds_of_a_resumed_run_are_those_it_took_up_to_there(runs, tmp_path):
+    """Killed after step 40, resumed from a checkpoint of step 30, which took 60 seconds."""
+    logged = Logged(tmp_path / "a_0")
+    first = [("train/loss", n, 2.0 * n, 1.0) for n in (10, 20, 30, 40)]
+    logged.attempt([*first, ("val/solved", 20, 41.0, 0.1)], 30)
+    logged.attempt([("train/loss", 31, 5.0, 1.0), ("val/solved", 40, 30.0, 0.2)], 40)
+    points = runs.collect({"a": runs.Run("a", "a.yaml")}, [0], tmp_path)
+    assert [(p.step, p.value) for p in points] == [(20, pytest.approx(0.1)), (40, pytest.approx(0.2))]
+    assert [p.seconds for p in points] == pytest.approx([41, 60 + 30], abs=1)
+
+
+@pytest.mark.parametrize("there", [[], [("val/loss", 40, 81.0, 0.1)]], ids=["not at all", "in part"])
+def test_a_run_whose_end_was_not_validated_is_told(runs, tmp_path, there):
+    """It was killed while it validated for the last time, and nothing was left to resume."""
+    Logged(tmp_path / "a_0").attempt([("val/solved", 20, 41.0, 0.1), ("val/loss", 20, 41.0, 0.1), *there], 40)
+    with pytest.raises(SystemExit, match=r"step 40 was not validated.*Delete the folder"):
+        runs.collect({"a": runs.Run("a", "a.yaml")}, [0], tmp_path)
 
 
 # --- comparisons ---
@@ -194,8 +281,36 @@ def test_every_metric_of_a_measure_is_reported_of_the_runs_that_have_it(runs, co
     assert list(found) == ["val/solved/x", "val/solved/y"]
     line = comparison.said(asked.runs["b"], found["val/solved/x"], "b")
     assert "60.0%" in line and "final value of a 2.0 times sooner" in line
-    drawn = comparison.picture(points, asked)
-    assert [axis.get_xlabel() for axis in drawn.axes if axis.get_visible()] == ["optimizer steps"]
+
+
+def test_curves_are_drawn_of_what_was_fitted(runs, comparison):
+    """Each of the first metric that begins as asked; not of what was validated afterwards."""
+    points = logged(runs, "a", "val/right/one", [0.2, 0.4]) + logged(runs, "a_judged", "val/right/one", [0.9])
+    points += logged(runs, "b", "val/right/two", [0.3, 0.5, 0.7])
+    fitted = {name: runs.Run(name, f"{name}.yaml") for name in "ab"}
+    judged = runs.Run("a", "a.yaml", start="a", command="validate")
+    panels = (
+        ("val/right/", "steps"),
+        ("val/right/", "seconds"),
+        ("val/right/two", "steps"),
+        lambda axis, _: axis.plot([7]),
+    )
+    asked = comparison.Comparison({**fitted, "a_judged": judged}, (), "val/right/", panels)
+    axes = [axis for axis in comparison.picture(points, asked).axes if axis.get_visible()]
+    lines = [[(line.get_label(), list(line.get_xdata())) for line in axis.lines] for axis in axes]
+    assert lines[0] == [("a", [10, 20]), ("b", [10, 20, 30])]
+    assert lines[1] == [("a", [0, 1]), ("b", [0, 1, 2])]
+    assert lines[2] == [("b", [10, 20, 30])]
+    assert len(lines[3]) == 1
+    assert axes[0].lines[1].get_color() == axes[2].lines[0].get_color()
+
+
+def test_where_files_are_is_not_written_down(runs, comparison, tmp_path):
+    data = tmp_path / "train.csv"
+    data.touch()
+    args = runs.Arguments(seeds=[0], out=tmp_path / "found", flags=["--data.train_file", str(data)])
+    comparison.write(args, {"a": runs.Run("a", "a.yaml")}, [], {}, {})
+    assert json.loads((tmp_path / "found.json").read_text())["runs"]["a"]["flags"] == ["--data.train_file", "train.csv"]
 
 
 def test_runs_of_different_lengths_are_not_compared(runs, comparison):
@@ -231,6 +346,58 @@ def test_orders_agree_with_themselves_and_not_with_their_reverse(figure3):
     assert figure3.agreement(order, half, prompt) == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["beyond", "blocks", "figure1", "figure4", "figure5"])
+def test_panels_show_what_some_run_logs(name, monkeypatch):
+    """The names of the metrics are those that the samplers and metrics of the configs make."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    module = import_module(name)
+    if hasattr(module, "comparison"):
+        asked = [module.comparison(scale) for scale in ("cpu", "gpu")]
+    else:
+        asked = list(module.SCALES.values())
+    for comparison in asked:
+        made = {"val/loss", "chain/mismatch", "chain/sequences"}
+        for run in comparison.runs.values():
+            config = yaml.safe_load((EXPERIMENTS.parent / run.config).read_text())
+            for callback in config["trainer"]["callbacks"]:
+                if callback["class_path"] == "GenerationEvaluation":
+                    made |= logged_names(callback["init_args"])
+        for panel in comparison.panels:
+            if isinstance(panel, tuple):
+                assert any(metric.startswith(panel[0]) for metric in made), panel
+        assert any(metric.startswith(comparison.measure) for metric in made)
+
+
+def logged_names(evaluation: dict) -> set[str]:
+    """``val/<metric>/<sampler>``, as the samplers call themselves."""
+    names = set()
+    for sampler in evaluation["samplers"]:
+        arguments = sampler.get("init_args", sampler)
+        if sampler.get("class_path") == "LeftToRightSampler":
+            name = "left_to_right"
+        else:
+            within = arguments.get("within", arguments)
+            name = "block_" * ("within" in arguments) + f"{within['policy'].lower()}_{within['tokens_per_step']}"
+        names |= {f"val/{metric}/{name}" for metric in ("solved", "program_accuracy")}
+    return names
+
+
+def test_what_is_judged_was_not_trained_on(tmp_path):
+    """The built-in puzzles of the small configs, and those of figure 4's policies."""
+    small = yaml.safe_load((EXPERIMENTS.parent / "configs/sudoku/small_puma.yaml").read_text())["data"]["init_args"]
+    judged = yaml.safe_load((EXPERIMENTS / "policies.yaml").read_text())["data"]["init_args"]
+    small = {**small, "num_train": 300, "cache_dir": tmp_path}
+    boards = []
+    for arguments, sets in ((small, "fit"), ({**small, **judged}, "validate")):
+        data = SudokuDataModule(**arguments)
+        data.prepare_data()
+        data.setup(sets)
+        loader = data.train_dataloader() if sets == "fit" else data.val_dataloader()
+        boards.append({tuple(row["input_ids"].tolist()) for row in loader.dataset})
+    assert len(boards[1]) == judged["num_val"] == small["num_test"] + small["num_val"] - 1
+    assert not boards[0] & boards[1]
+
+
 def test_kept_checkpoints_are_found_by_their_step(figure3, tmp_path):
     for name in ("step=500", "step=1000", "last", "best"):
         (tmp_path / f"{name}.ckpt").touch()
@@ -251,7 +418,7 @@ SMALL = [
 def test_figures_3_and_4_share_their_runs(figure3, figure4, monkeypatch, tmp_path, capsys):
     """Small ones, of one seed, under every policy and at every checkpoint."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kept = figure4.keep(2)
+    kept = tuple(flag.replace("=500", "=2") for flag in figure4.KEPT["cpu"])
     monkeypatch.setitem(figure4.KEPT, "cpu", kept)
     small = {name: replace(figure4.RUNS["cpu"][name], flags=kept) for name in ("mdm", "puma_k6")}
     monkeypatch.setitem(figure4.RUNS, "cpu", small)
@@ -262,6 +429,7 @@ def test_figures_3_and_4_share_their_runs(figure3, figure4, monkeypatch, tmp_pat
     assert {(row["run"], row["step"]) for row in rows} == {(run, step) for run in ("mdm", "puma_k6") for step in "24"}
     last = [float(row["value"]) for row in rows if row["step"] == "4" and row["metric"] == "order/agreement"]
     assert last == [1.0, 1.0]
+    assert (tmp_path / "figure3_orders.png").stat().st_size > 10_000
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "figure4"), *SMALL])
     figure4.main(None, "figure4", "sudoku", {"cpu": figure4.comparison("cpu")})
     rows = list(csv.DictReader((tmp_path / "figure4.csv").open()))

@@ -52,8 +52,12 @@ class SudokuDataset(Dataset[Batch]):
         return len(self.boards.puzzles) * self.augment
 
     def __getitem__(self, index: int) -> Batch:
-        """One item, ``(L,)`` tensors."""
-        return self.__getitems__([index])[0]
+        """One item, ``(L,)`` tensors.
+
+        Raises:
+            IndexError: Beyond the end.
+        """
+        return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Batch]:
         """The items of a whole batch, made at once: this is what a DataLoader calls."""
