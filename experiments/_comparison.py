@@ -1,7 +1,7 @@
 """Several ways to train, side by side: run them, collect what they logged, say and draw how they differ."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,21 @@ def picture(points: list[Point], asked: Comparison) -> Figure:
         axis.set_ylim(bottom=0)
     for axis in axes[len(asked.panels) :]:
         axis.set_visible(False)
+    legend(figure, axes)
     return figure
+
+
+def legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """One for all panels, below them; panels that have their own keep it."""
+    lines = {
+        line.get_label(): line
+        for axis in axes
+        if axis.get_legend() is None
+        for line in axis.lines
+        if not str(line.get_label()).startswith("_")
+    }
+    if lines:
+        figure.legend(list(lines.values()), list(map(str, lines)), loc="outside lower center", ncols=5, fontsize=7)
 
 
 def said(run: Run, values: dict[str, Any], name: str) -> str:

@@ -89,4 +89,3 @@ def draw(axis: Axes, by_label: Mapping[str, Sequence[Curve]], x_label: str, y_la
         axis.fill_between(steps, low, high, alpha=0.15, color=color)
     axis.set(xlabel=x_label, ylabel=y_label)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)

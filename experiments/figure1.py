@@ -6,6 +6,8 @@
 Runs that are done are skipped, an interrupted one is resumed.
 """
 
+from dataclasses import replace
+
 from _comparison import Comparison, main
 from _runs import Run
 from _text import FOLDERS, RIGHT, autoregressive, short
@@ -15,7 +17,7 @@ FROM_AR = ("mdm_from_ar", "puma_from_ar")
 
 
 def comparison(scale: str) -> Comparison:
-    """The five ways to train; on a CPU those from an autoregressive model for longer too."""
+    """The five ways to train; on a CPU those from the autoregressive model also for longer, judged on more problems."""
     folder = FOLDERS[scale]
     flags = short(500, 125) if scale == "cpu" else ()
     runs = {"ar": autoregressive(scale)}
@@ -24,8 +26,14 @@ def comparison(scale: str) -> Comparison:
     pairs = [("mdm", "puma"), FROM_AR]
     if scale == "cpu":
         for name in FROM_AR:
-            label = f"{LABELS[name]}, 800 steps"
-            runs[f"{name}_800"] = Run(label, f"configs/{folder}/{name}.yaml", short(800, 100), "ar")
+            longer = Run(f"{LABELS[name]}, 800 steps", f"configs/{folder}/{name}.yaml", short(800, 100), "ar")
+            runs[f"{name}_800"] = longer
+            # On more problems than during training.
+            flags = (*longer.flags, "--data.num_val", "512")
+            label = f"{longer.label}, 512 problems"
+            runs[f"{name}_800_judged"] = replace(
+                longer, label=label, flags=flags, start=f"{name}_800", command="validate"
+            )
         pairs.append(("mdm_from_ar_800", "puma_from_ar_800"))
     return Comparison(runs, tuple(pairs), RIGHT, ((RIGHT, "steps"), (RIGHT, "seconds"), ("val/loss", "steps")))
 

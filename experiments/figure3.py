@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from _comparison import write
+from _comparison import legend, write
 from _curves import curves, draw, mean
 from _runs import Point, Run, arguments, train
 from _sudoku import PUMA, RUNS
@@ -64,11 +64,13 @@ def agreement(order: Tensor, other: Tensor, prompt_mask: Tensor) -> float:
 
 def picture(points: list[Point], runs: dict[str, Run]) -> Figure:
     """Agreement with the final model's order, and what is solved, over steps."""
-    figure = Figure(figsize=(8, 2.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 3.4), dpi=120, layout="constrained")
     panels = {AGREEMENT: "rank correlation with the final order", SOLVED: "solved"}
-    for axis, (metric, name) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    axes = list(figure.subplots(1, 2))
+    for axis, (metric, name) in zip(axes, panels.items(), strict=True):
         draw(axis, {run.label: curves(points, key, metric) for key, run in runs.items()}, "optimizer steps", name)
         axis.set_ylim(0, 1.02)
+    legend(figure, axes)
     return figure
 
 
