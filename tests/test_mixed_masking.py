@@ -118,3 +118,12 @@ def test_chains_go_in_the_policys_order_and_random_masks_do_not():
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(ValueError, match="random_share"):
         MixedMasking(share)
+
+
+def test_the_first_fill_has_chains_at_all_later_stages():
+    """They are put there half-way, so that what they hold must fit the stage."""
+    batch = stream_of(MixedMasking(1.0, 4)).peek()
+    later = batch["stage"][:, 0] > 0
+    stage, revealed = batch["stage"][later, 0], (batch["xt"][later] != MASK).sum(1)
+    assert later.sum() == 3 * ROWS // 4
+    assert (revealed >= stage * LENGTH / 4 - 0.5).all() and (revealed <= (stage + 1) * LENGTH / 4 + 0.5).all()
