@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -173,31 +174,25 @@ def _absolute(word: str) -> str:
 
 def _train(name: str, run: Run, seed: int, folder: Path, threads: int | None, flags: list[str]) -> None:
     target = folder / f"{name}_{seed}"
-    if (target / "done").exists():
-        return
-    words = _words(run, seed, flags)
-    words = [str(ROOT / word) if flag == "--config" else _absolute(word) for flag, word in pairwise(["", *words])]
-    if run.start is not None:
-        flag = "--ckpt_path" if run.command == "validate" else "--model.init_args.init_from"
-        words += [flag, str(last_checkpoint(folder / f"{run.start}_{seed}").absolute())]
-    if list(target.rglob("last.ckpt")):
-        words += ["--ckpt_path", str(last_checkpoint(target).absolute())]
-    environ = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    with (target / "log.txt").open("a") as log:
-        command = [
-            sys.executable,
-            "-m",
-            "puma_lightning",
-            run.command,
-            *words,
-            "--trainer.enable_progress_bar",
-            "false",
-        ]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=target).returncode
-    if code:
-        tail = "\n".join((target / "log.txt").read_text().splitlines()[-5:])
-        raise SystemExit(f"{name}, seed {seed} failed, see {target / 'log.txt'}:\n{tail}")
-    (target / "done").touch()
+    # Experiments share runs; of two at the same time the second waits, and finds it done.
+    with FileLock(target / "lock"):
+        if (target / "done").exists():
+            return
+        words = _words(run, seed, flags)
+        words = [str(ROOT / word) if flag == "--config" else _absolute(word) for flag, word in pairwise(["", *words])]
+        if run.start is not None:
+            flag = "--ckpt_path" if run.command == "validate" else "--model.init_args.init_from"
+            words += [flag, str(last_checkpoint(folder / f"{run.start}_{seed}").absolute())]
+        if list(target.rglob("last.ckpt")):
+            words += ["--ckpt_path", str(last_checkpoint(target).absolute())]
+        words = [sys.executable, "-m", "puma_lightning", run.command, *words, "--trainer.enable_progress_bar", "false"]
+        environ = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        with (target / "log.txt").open("a") as log:
+            code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=target).returncode
+        if code:
+            tail = "\n".join((target / "log.txt").read_text().splitlines()[-5:])
+            raise SystemExit(f"{name}, seed {seed} failed, see {target / 'log.txt'}:\n{tail}")
+        (target / "done").touch()
 
 
 def last_checkpoint(folder: Path) -> Path:

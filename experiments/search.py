@@ -30,7 +30,6 @@ BOTH: dict[str, tuple[str, ...]] = {
     "lr 4e-3": (LR, "4e-3"),
     "width 32": size(32, 2),
     "width 128, 4 layers, lr 1e-3": (*size(128, 4), LR, "1e-3"),
-    "100,000 puzzles": ("--data.num_train", "100000"),
 }
 CPU = {name: RUNS["cpu"][name] for name in ("mdm", "puma_k6", "puma_k3")}
 

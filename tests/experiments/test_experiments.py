@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -90,6 +91,7 @@ class Fits:
 
     def run(self, words, *, cwd, **_):
         self.commands.append(words)
+        time.sleep(0.1)
         folder = Path(cwd) / "runs" / f"version_{len(list(Path(cwd).glob('runs/*')))}" / "checkpoints"
         folder.mkdir(parents=True)
         (folder / "last.ckpt").touch()
@@ -145,6 +147,15 @@ def test_a_folder_is_refused_before_anything_is_trained(runs, fits, tmp_path):
     runs.train(one, [1], tmp_path, 1, None, [])
     with pytest.raises(SystemExit, match="other settings"):
         runs.train(one, [0, 1, 2], tmp_path, 1, None, ["--x", "1"])
+    assert len(fits.commands) == 1
+
+
+def test_what_another_process_does_is_waited_for(runs, fits, tmp_path):
+    """Two experiments that share a run, at the same time: it is done once."""
+    one = {"a": runs.Run("a", "a.yaml")}
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(runs.train, one, [0], tmp_path / "runs", 1, None, []) for _ in range(2)]:
+            job.result()
     assert len(fits.commands) == 1
 
 
