@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -204,7 +205,7 @@ def collect(runs: dict[str, Run], seeds: list[int], folder: Path) -> list[Point]
     """Every validation metric, and what is logged of chains, of all runs.
 
     Raises:
-        SystemExit: If the last step of a run was not validated, or in part.
+        SystemExit: If a run is not whole: its last step is missing, or was validated in part.
     """
     return [
         point
@@ -233,13 +234,21 @@ def _points(name: str, seed: int, target: Path, command: str) -> list[Point]:
     ends = {metric: max(step for named, step in found if named == metric) for metric, _ in found}
     last = max(ends.values(), default=0)
     missing = sorted(metric for metric, end in ends.items() if metric.startswith("val/") and end < last)
-    trained = torch.load(last_checkpoint(target), weights_only=True)["global_step"] if command == "fit" else last
-    if missing or trained > last:
+    wanted = _steps(target) if command == "fit" else 1
+    if missing or last < wanted:
         raise SystemExit(
-            f"{target}: step {trained} was not validated, or without {missing or 'anything'}; the run was interrupted "
-            "there. Delete the folder and run again"
+            f"{target}: step {wanted} was not validated, or without {missing or 'anything'}; the run was interrupted. "
+            "Delete the folder and run again"
         )
     return [found[key] for key in sorted(found)]
+
+
+def _steps(target: Path) -> int:
+    """Optimizer steps of a run: of its last checkpoint, or what its config asks for, as it may have been stopped."""
+    config = yaml.safe_load(next(target.rglob("config.yaml")).read_text())
+    done: int = torch.load(last_checkpoint(target), weights_only=True)["global_step"]
+    asked: int = config["trainer"]["max_steps"]
+    return max(done, asked)
 
 
 def _started(events: Path) -> int:

@@ -1,4 +1,4 @@
-"""The search for the regime in which PUMA pays: model, learning rate, data, K, policy; the baseline tuned as hard.
+"""The search for the regime in which PUMA pays on 6x6 Sudoku: model, learning rate, K; the baseline tuned as hard.
 
     python experiments/search.py --seeds 0
 
@@ -9,12 +9,11 @@ screening: two runs that differ in the seed alone are several points apart.
 from _comparison import Comparison, Drawn, main, title
 from _curves import curves
 from _runs import Point, Run
-from _sudoku import RUNS, SOLVED, STAGES
+from _sudoku import RUNS, SOLVED
 from matplotlib.axes import Axes
 
 MODEL = "--model.init_args.backbone.init_args"
 LR = "--model.init_args.optimizer.init_args.lr"
-POLICY = "--model.init_args.forward_process.init_args.policy"
 
 
 def size(width: int, layers: int) -> tuple[str, ...]:
@@ -44,10 +43,8 @@ def add(name: str, label: str, flags: tuple[str, ...]) -> None:
 for what, changes in BOTH.items():
     for side in ("mdm", "puma_k6"):
         add(side, what, changes)
-add("puma_k6", "margin", (POLICY, "Margin"))
-add("puma_k6", "but K 12", (STAGES, "12"))
 PAIRS = tuple((name, name.replace("mdm", "puma_k6")) for name in CPU if name.startswith("mdm"))
-PAIRS += tuple(("mdm", name) for name in ("puma_k3", "puma_k6_margin", "puma_k6_but_K_12"))
+PAIRS += (("mdm", "puma_k3"),)
 
 
 def finals(metric: str) -> Drawn:

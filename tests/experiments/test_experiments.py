@@ -249,6 +249,7 @@ class Logged:
         (events,) = target.glob("events*")
         events.rename(target / f"events.out.tfevents.{self.attempts}.x")
         torch.save({"global_step": global_step}, target / "checkpoints" / "last.ckpt")
+        (target / "config.yaml").write_text("{trainer: {max_steps: 40}}")
         self.attempts += 1
 
 
@@ -264,11 +265,19 @@ def test_the_seconds_of_a_resumed_run_are_those_it_took_up_to_there(runs, tmp_pa
 
 
 @pytest.mark.parametrize("there", [[], [("val/loss", 40, 81.0, 0.1)]], ids=["not at all", "in part"])
-def test_a_run_whose_end_was_not_validated_is_told(runs, tmp_path, there):
-    """It was killed while it validated for the last time, and nothing was left to resume."""
-    Logged(tmp_path / "a_0").attempt([("val/solved", 20, 41.0, 0.1), ("val/loss", 20, 41.0, 0.1), *there], 40)
+@pytest.mark.parametrize("saved", [20, 40])
+def test_a_run_whose_end_was_not_validated_is_told(runs, tmp_path, there, saved):
+    """It was killed while it validated for the last time and nothing was left to resume; or stopped politely before."""
+    Logged(tmp_path / "a_0").attempt([("val/solved", 20, 41.0, 0.1), ("val/loss", 20, 41.0, 0.1), *there], saved)
     with pytest.raises(SystemExit, match=r"step 40 was not validated.*Delete the folder"):
         runs.collect({"a": runs.Run("a", "a.yaml")}, [0], tmp_path)
+
+
+def test_a_validation_that_says_nothing_is_told(runs, tmp_path):
+    """A process that is asked to stop ends as if all were well."""
+    Logged(tmp_path / "a_0").attempt([], 0)
+    with pytest.raises(SystemExit, match="not validated"):
+        runs.collect({"a": runs.Run("a", "a.yaml", start="b", command="validate")}, [0], tmp_path)
 
 
 # --- comparisons ---
