@@ -1,9 +1,9 @@
 """Several ways to train, side by side: run them, collect what they logged, say and draw how they differ."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from _curves import Curve, curves, draw, mean, speed_up
@@ -146,7 +146,7 @@ def write(
     """Points as CSV, what was found and what was run as JSON, pictures by what their names end in."""
     write_csv(args.out.with_name(f"{args.out.name}.csv"), points)
     # Of files their names: where they are is nobody's business.
-    flags = [Path(flag).name if Path(flag).exists() else flag for flag in args.flags]
+    flags = [re.sub(r"[^,=\[\] ]*/", "", flag) for flag in args.flags]
     settings = {name: {"config": run.config, "flags": [*run.flags, *flags]} for name, run in runs.items()}
     text = json.dumps({"seeds": args.seeds, "runs": settings, **found}, indent=1)
     args.out.with_name(f"{args.out.name}.json").write_text(text + "\n")

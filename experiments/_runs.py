@@ -112,19 +112,23 @@ def train(
     Raises:
         SystemExit: If a run fails, or is there with other settings.
     """
-    first = {name: run for name, run in runs.items() if run.start is None}
-    later = {name: run for name, run in runs.items() if run.start is not None}
+
+    def depth(run: Run) -> int:
+        return 0 if run.start is None else 1 + depth(runs[run.start])
+
+    depths = sorted({depth(run) for run in runs.values()})
     for name, run in runs.items():
         for seed in seeds:
             _claim(folder / f"{name}_{seed}", run, seed, flags, runs)
     with tqdm(total=len(runs) * len(seeds), desc="runs", unit="run") as progress:
-        for some in (first, later):
+        for level in depths:
             with ThreadPoolExecutor(jobs) as pool:
                 # Seed by seed, so that what is done early is whole.
                 waiting = [
                     pool.submit(_train, name, run, seed, folder, threads, flags)
                     for seed in seeds
-                    for name, run in some.items()
+                    for name, run in runs.items()
+                    if depth(run) == level
                 ]
                 try:
                     for job in waiting:
@@ -142,7 +146,7 @@ def _words(run: Run, seed: int, flags: list[str]) -> list[str]:
 def _settings(run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> str:
     """All that a run depends on, also through the run that it starts from."""
     words = _words(run, seed, flags)
-    configs = [ROOT / word for flag, word in pairwise(words) if flag == "--config"]
+    configs = [_config(word) for flag, word in pairwise(words) if flag == "--config"]
     for config in configs:
         if not config.is_file():
             raise SystemExit(f"expected a config at {config}, found none")
@@ -151,14 +155,20 @@ def _settings(run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> st
     return json.dumps({"words": words, "start": start, "config_sha256": made}, indent=1)
 
 
+def _config(word: str) -> Path:
+    """As seen from here, or relative to the root of the repository as in ``Run``."""
+    return Path(word).absolute() if Path(word).is_file() else ROOT / word
+
+
 def _claim(target: Path, run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> None:
     """Say whose folder it is, or refuse it."""
     settings = _settings(run, seed, flags, runs)
     said = target / "settings.json"
     if said.exists() and said.read_text() != settings:
         raise SystemExit(f"{target} holds a run with other settings: give another --folder, or delete it")
-    target.mkdir(parents=True, exist_ok=True)
-    said.write_text(settings)
+    if not said.exists():
+        target.mkdir(parents=True, exist_ok=True)
+        said.write_text(settings)
 
 
 def _absolute(word: str) -> str:
@@ -180,7 +190,7 @@ def _train(name: str, run: Run, seed: int, folder: Path, threads: int | None, fl
         if (target / "done").exists():
             return
         words = _words(run, seed, flags)
-        words = [str(ROOT / word) if flag == "--config" else _absolute(word) for flag, word in pairwise(["", *words])]
+        words = [str(_config(word)) if flag == "--config" else _absolute(word) for flag, word in pairwise(["", *words])]
         if run.start is not None:
             flag = "--ckpt_path" if run.command == "validate" else "--model.init_args.init_from"
             words += [flag, str(last_checkpoint(folder / f"{run.start}_{seed}").absolute())]

@@ -123,6 +123,19 @@ def test_what_is_done_is_not_done_again_and_what_starts_from_a_run_comes_after_i
         assert start == str(tmp_path / f"early_{seed}/runs/version_0/checkpoints/last.ckpt")
 
 
+def test_what_starts_from_a_run_waits_for_it_however_many_go_at_a_time(runs, fits, tmp_path):
+    """Also if that one waits for another itself."""
+    some = {
+        "judged": runs.Run("c", "b.yaml", start="late", command="validate"),
+        "late": runs.Run("b", "b.yaml", start="early"),
+        "early": runs.Run("a", "a.yaml"),
+    }
+    runs.train(some, [0, 1], tmp_path / "runs", 6, None, [])
+    assert [words[3] for words in fits.commands] == ["fit"] * 4 + ["validate"] * 2
+    starts = [words[-3] for words in fits.commands]  # before --trainer.enable_progress_bar false
+    assert ["early" in start for start in starts] == [False] * 2 + [True] * 2 + [False] * 2
+
+
 def test_an_interrupted_run_is_resumed(runs, fits, tmp_path):
     fits.stop = True
     one = {"a": runs.Run("a", "a.yaml")}
@@ -172,7 +185,8 @@ def test_files_are_found_from_the_folder_of_a_run(runs, fits, tmp_path, monkeypa
     assert words[words.index("--data.layout") + 1] == "in_place"
 
 
-def test_a_run_is_validated_at_the_end_of_another_with_a_second_config(runs, fits, tmp_path):
+def test_a_run_is_validated_at_the_end_of_another_with_a_second_config(runs, fits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     judged = runs.Run("b", "a.yaml", ("--config", "experiments/policies.yaml"), start="early", command="validate")
     runs.train({"judged": judged, "early": runs.Run("a", "a.yaml")}, [0], tmp_path, 1, None, [])
     words = fits.commands[1]
@@ -326,11 +340,18 @@ def test_curves_are_drawn_of_what_was_fitted(runs, comparison):
 
 
 def test_where_files_are_is_not_written_down(runs, comparison, tmp_path):
-    data = tmp_path / "train.csv"
-    data.touch()
-    args = runs.Arguments(seeds=[0], out=tmp_path / "found", flags=["--data.train_file", str(data)])
+    flags = [
+        "--data.train_file",
+        "/here/a.csv",
+        "--data.val_file=/here/b.csv",
+        "[/here/a.csv, c.csv]",
+        "there/*.csv",
+        "3",
+    ]
+    args = runs.Arguments(seeds=[0], out=tmp_path / "found", flags=flags)
     comparison.write(args, {"a": runs.Run("a", "a.yaml")}, [], {}, {})
-    assert json.loads((tmp_path / "found.json").read_text())["runs"]["a"]["flags"] == ["--data.train_file", "train.csv"]
+    written = json.loads((tmp_path / "found.json").read_text())["runs"]["a"]["flags"]
+    assert written == ["--data.train_file", "a.csv", "--data.val_file=b.csv", "[a.csv, c.csv]", "*.csv", "3"]
 
 
 def test_runs_of_different_lengths_are_not_compared(runs, comparison):
