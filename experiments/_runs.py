@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -143,7 +143,7 @@ def _words(run: Run, seed: int, flags: list[str]) -> list[str]:
     return ["--config", run.config, "--seed_everything", str(seed), *run.flags, *flags]
 
 
-def _settings(run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> str:
+def _settings(run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> dict[str, Any]:
     """All that a run depends on, also through the run that it starts from."""
     words = _words(run, seed, flags)
     configs = [_config(word) for flag, word in pairwise(words) if flag == "--config"]
@@ -151,8 +151,8 @@ def _settings(run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> st
         if not config.is_file():
             raise SystemExit(f"expected a config at {config}, found none")
     made = hashlib.sha256(b"".join(config.read_bytes() for config in configs)).hexdigest()
-    start = None if run.start is None else json.loads(_settings(runs[run.start], seed, flags, runs))
-    return json.dumps({"words": words, "start": start, "config_sha256": made}, indent=1)
+    start = None if run.start is None else _settings(runs[run.start], seed, flags, runs)
+    return {"words": words, "start": start, "config_sha256": made}
 
 
 def _config(word: str) -> Path:
@@ -162,7 +162,7 @@ def _config(word: str) -> Path:
 
 def _claim(target: Path, run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> None:
     """Say whose folder it is, or refuse it."""
-    settings = _settings(run, seed, flags, runs)
+    settings = json.dumps(_settings(run, seed, flags, runs), indent=1)
     said = target / "settings.json"
     if said.exists() and said.read_text() != settings:
         raise SystemExit(f"{target} holds a run with other settings: give another --folder, or delete it")
