@@ -1,4 +1,4 @@
-"""The search for the regime in which PUMA pays on 6x6 Sudoku: model, learning rate, K; the baseline tuned as hard.
+"""The search for the regime in which PUMA pays on 6x6 Sudoku: model, data, training, chain; the baseline tuned as hard.
 
     python experiments/search.py --seeds 0
 
@@ -6,14 +6,18 @@ What is not named is as in configs/sudoku/small_{mdm,puma}.yaml, which are figur
 screening: two runs that differ in the seed alone are several points apart.
 """
 
+from dataclasses import replace
+
 from _comparison import Comparison, Drawn, main, title
 from _curves import curves
-from _runs import Point, Run
-from _sudoku import RUNS, SOLVED
+from _runs import Point
+from _sudoku import RUNS, SOLVED, STAGES
 from matplotlib.axes import Axes
 
 MODEL = "--model.init_args.backbone.init_args"
 LR = "--model.init_args.optimizer.init_args.lr"
+POLICY = "--model.init_args.forward_process.init_args.policy"
+DATA = "--data.init_args"
 
 
 def size(width: int, layers: int) -> tuple[str, ...]:
@@ -29,32 +33,44 @@ BOTH: dict[str, tuple[str, ...]] = {
     "lr 4e-3": (LR, "4e-3"),
     "width 32": size(32, 2),
     "width 128, 4 layers, lr 1e-3": (*size(128, 4), LR, "1e-3"),
+    "batch 16": (f"{DATA}.batch_size", "16"),
+    "batch 128": (f"{DATA}.batch_size", "128"),
+    "9 clues": (f"{DATA}.clues", "9"),
+    "14 clues": (f"{DATA}.clues", "14"),
+    "100,000 puzzles": (f"{DATA}.num_train", "100000"),
+    "puzzle, then solution": (f"{DATA}.layout", "prompt_answer", f"{MODEL}.max_length", "72"),
 }
+PUMA_ALONE = {"K 12": (STAGES, "12"), "chains by margin": (POLICY, "Margin")}
 CPU = {name: RUNS["cpu"][name] for name in ("mdm", "puma_k6", "puma_k3")}
+ROWS = {"figure 5": ("mdm", "puma_k6"), "K 3": ("mdm", "puma_k3")}  # the baseline beside PUMA
 
 
-def add(name: str, label: str, flags: tuple[str, ...]) -> None:
+def add(name: str, label: str, flags: tuple[str, ...]) -> str:
     """Another run, as one that is there but for some flags."""
     run = RUNS["cpu"][name]
     slug = f"{name}_{label}".replace(" ", "_").replace(",", "")
-    CPU[slug] = Run(f"{run.label}, {label}", run.config, flags)
+    CPU[slug] = replace(run, label=f"{run.label}, {label}", flags=flags)
+    return slug
 
 
 for what, changes in BOTH.items():
-    for side in ("mdm", "puma_k6"):
-        add(side, what, changes)
-PAIRS = tuple((name, name.replace("mdm", "puma_k6")) for name in CPU if name.startswith("mdm"))
-PAIRS += (("mdm", "puma_k3"),)
+    ROWS[what] = (add("mdm", what, changes), add("puma_k6", what, changes))
+for what, changes in PUMA_ALONE.items():
+    ROWS[what] = ("mdm", add("puma_k6", what, changes))
 
 
 def finals(metric: str) -> Drawn:
-    """A panel: the final value of every run, a dot for each seed."""
+    """A panel: the final values of the two sides of every row, a dot for each seed."""
 
     def panel(axis: Axes, points: list[Point]) -> None:
-        for row, name in enumerate(reversed(CPU)):
-            values = [curve[max(curve)] for curve in curves(points, name, metric)]
-            axis.plot(values, [row] * len(values), "o", color="C0" if "mdm" in name else "C1", markersize=4)
-        axis.set_yticks(range(len(CPU)), [CPU[name].label for name in reversed(CPU)], fontsize=6)
+        for side, (label, marker) in enumerate({"MDM": "o", "PUMA": "D"}.items()):
+            dots = [
+                (curve[max(curve)], row)
+                for row, pair in enumerate(reversed(ROWS.values()))
+                for curve in curves(points, pair[side], metric)
+            ]
+            axis.plot(*zip(*dots, strict=True), marker, color=f"C{side}", markersize=4, alpha=0.7, label=label)
+        axis.set_yticks(range(len(ROWS)), list(reversed(ROWS)), fontsize=7)
         axis.set_title(title(metric), fontsize=9)
         axis.grid(alpha=0.3)
 
@@ -62,5 +78,5 @@ def finals(metric: str) -> Drawn:
 
 
 if __name__ == "__main__":
-    asked = Comparison(CPU, PAIRS, "val/solved/", tuple(finals(metric) for metric in SOLVED["cpu"]))
+    asked = Comparison(CPU, tuple(ROWS.values()), "val/solved/", tuple(finals(metric) for metric in SOLVED["cpu"]))
     main(__doc__, "search", "sudoku", {"cpu": asked})

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def script(name: str):
 
 curves, runs, comparison = script("_curves"), script("_runs"), script("_comparison")
 figure3, figure4, figure5 = script("figure3"), script("figure4"), script("figure5")
+search, sudoku_9x9 = script("search"), script("sudoku_9x9")
 
 
 # --- curves ---
@@ -363,7 +365,9 @@ def test_runs_of_different_lengths_are_not_compared(runs, comparison):
         comparison.report(points, asked)
 
 
-@pytest.mark.parametrize("name", ["beyond", "blocks", "figure1", "figure3", "figure4", "figure5", "search"])
+@pytest.mark.parametrize(
+    "name", ["beyond", "blocks", "figure1", "figure3", "figure4", "figure5", "search", "sudoku_9x9"]
+)
 def test_every_config_of_an_experiment_is_there(name, monkeypatch):
     """And what a run starts from is a run of the same experiment."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
@@ -374,8 +378,28 @@ def test_every_config_of_an_experiment_is_there(name, monkeypatch):
         found = [module.CPU] if hasattr(module, "CPU") else list(module.RUNS.values())
     for some in found:
         for run in some.values():
-            assert (EXPERIMENTS.parent / run.config).is_file()
+            assert all(config.is_file() for config in configs(run))
             assert run.start is None or run.start in some
+
+
+def configs(run) -> list[Path]:
+    """Of a run, the first and those that follow it."""
+    more = [value for flag, value in pairwise(run.flags) if flag == "--config"]
+    return [EXPERIMENTS.parent / config for config in (run.config, *more)]
+
+
+def test_every_row_of_the_search_is_a_pair_with_the_same_changes(search):
+    """But for what only a chain has, so that the baseline is tuned as hard."""
+    told = list(search.ROWS.values())
+    assert {name for pair in told for name in pair} == set(search.CPU)
+    for label, pair in search.ROWS.items():
+        baseline, puma = (search.CPU[name] for name in pair)
+        assert "mdm" in baseline.config
+        assert "puma" in puma.config
+        if label in search.BOTH:
+            assert baseline.flags == puma.flags
+        else:
+            assert pair[0] == "mdm"
 
 
 def test_orders_agree_with_themselves_and_not_with_their_reverse(figure3):
@@ -387,7 +411,7 @@ def test_orders_agree_with_themselves_and_not_with_their_reverse(figure3):
     assert figure3.agreement(order, half, prompt) == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["beyond", "blocks", "figure1", "figure4", "figure5"])
+@pytest.mark.parametrize("name", ["beyond", "blocks", "figure1", "figure4", "figure5", "sudoku_9x9"])
 def test_panels_show_what_some_run_logs(name, monkeypatch):
     """The names of the metrics are those that the samplers and metrics of the configs make."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
@@ -399,7 +423,7 @@ def test_panels_show_what_some_run_logs(name, monkeypatch):
     for comparison in asked:
         made = {"val/loss", "chain/mismatch", "chain/sequences"}
         for run in comparison.runs.values():
-            config = yaml.safe_load((EXPERIMENTS.parent / run.config).read_text())
+            config = yaml.safe_load(configs(run)[-1].read_text())
             for callback in config["trainer"]["callbacks"]:
                 if callback["class_path"] == "GenerationEvaluation":
                     made |= logged_names(callback["init_args"])
@@ -419,7 +443,9 @@ def logged_names(evaluation: dict) -> set[str]:
         else:
             within = arguments.get("within", arguments)
             name = "block_" * ("within" in arguments) + f"{within['policy'].lower()}_{within['tokens_per_step']}"
-        names |= {f"val/{metric}/{name}" for metric in ("solved", "program_accuracy")}
+        for metric in evaluation["metrics"]:
+            # A metric of several numbers adds their names to its own.
+            names |= {f"val/{metric}/{name}", f"val/{metric}_accuracy/{name}"}
     return names
 
 
@@ -503,3 +529,17 @@ def test_figure5_runs_and_reports(figure5, monkeypatch, tmp_path, capsys):
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert "PUMA, K 6" in capsys.readouterr().out
     assert str(tmp_path) not in out.with_suffix(".json").read_text()
+
+
+@pytest.mark.slow
+def test_sudoku_9x9_runs_and_reports(sudoku_9x9, monkeypatch, tmp_path):
+    """Four steps of small models."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "sudoku_9x9"
+    words = ["sudoku_9x9.py", "--seeds", "0", "--folder", str(tmp_path / "runs"), "--out", str(out), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, *SMALL, "--data.clues", "45"])
+    sudoku_9x9.main(None, "sudoku_9x9", "sudoku_9x9", sudoku_9x9.SCALES)
+    found = json.loads(out.with_suffix(".json").read_text())
+    for sampler in ("confidence_1", "confidence_4"):
+        assert set(found[f"val/solved/{sampler}"]["final"]) == {"mdm", "puma"}
+    assert out.with_suffix(".png").stat().st_size > 10_000
