@@ -183,7 +183,7 @@ def our_stream(setting: Setting, threshold: float | None, steps: int, seed: int)
     process = ProgressiveUnmasking(setting.num_stages, Confidence(), threshold)
     rows = Rows(setting.batch_size * (steps + 1), setting)
     loader = DataLoader(rows, batch_size=setting.batch_size, collate_fn=lambda batch: batch)
-    clean = CleanSequences(loader, MASK, V, process.min_answer_length(), rank=0, world_size=1, seed=seed)
+    clean = CleanSequences(loader, MASK, V, seed=seed)
     return Stream(clean, process, MASK, setting.batch_size, steps, seed=seed, device=CPU)
 
 

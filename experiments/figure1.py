@@ -13,16 +13,24 @@ from _runs import Run
 from _text import FOLDERS, RIGHT, autoregressive, short
 
 LABELS = {"mdm": "MDM", "puma": "PUMA", "mdm_from_ar": "AR → MDM", "puma_from_ar": "AR → PUMA"}
+EVERY_POLICY = ("--config", "experiments/policies_text.yaml")
 FROM_AR = ("mdm_from_ar", "puma_from_ar")
 
 
 def comparison(scale: str) -> Comparison:
-    """The five ways to train; on a CPU those from the autoregressive model also for longer, judged on more problems."""
+    """The five ways to train, and their ends under every policy of ``policies_text.yaml``.
+
+    On a CPU those from the autoregressive model for longer instead, and judged on more problems.
+    """
     folder = FOLDERS[scale]
     flags = short(500, 125) if scale == "cpu" else ()
     runs = {"ar": autoregressive(scale)}
     for name, label in LABELS.items():
         runs[name] = Run(label, f"configs/{folder}/{name}.yaml", flags, "ar" if name in FROM_AR else None)
+        if scale == "gpu":
+            runs[f"{name}_judged"] = replace(
+                runs[name], label=f"{label}, judged", flags=EVERY_POLICY, start=name, command="validate"
+            )
     pairs = [("mdm", "puma"), FROM_AR]
     if scale == "cpu":
         for name in FROM_AR:

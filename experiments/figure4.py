@@ -27,7 +27,9 @@ def against_nfe(run: str, label: str) -> Drawn:
     def panel(axis: Axes, points: list[Point]) -> None:
         lines: dict[str, list[tuple[float, list[float]]]] = {}
         for metric in sorted({p.metric for p in points if p.run == run and p.metric.startswith("val/solved/")}):
-            sampler = metric.split("/")[2]
+            sampler, *other_set = metric.split("/")[2:]
+            if other_set:
+                continue
             line = "confidence, threshold" if "tau" in sampler else LINES[sampler.split("_")[0]]
             nfe = statistics.mean(finals(points, metric.replace("/solved/", "/nfe/")))
             lines.setdefault(line, []).append((nfe, finals(points, metric)))

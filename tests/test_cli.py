@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,22 @@ def test_the_saved_config_runs_again_and_checkpoints_rebuild_the_model():
     assert isinstance(model.forward_process, ProgressiveUnmasking)
     assert model.mask_id == 5
     assert model.vocab_size == 6
+
+
+@pytest.mark.parametrize("option", [None, "--ckpt_path", "--model.init_args.init_from"])
+def test_weights_come_from_where_it_says_or_it_is_said_that_they_are_random(option):
+    checkpoint = fit() / "checkpoints/last.ckpt"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run("validate", *([option, str(checkpoint)] if option else []), config=quick())
+    assert any("weights are random" in str(warning.message) for warning in said) == (option is None)
+    saved, found = (evaluated(folder) for folder in sorted(Path("runs/quickstart").iterdir()))
+    assert (found["val/loss"] == saved["val/loss"]) == (option is not None)
+
+
+def test_training_in_half_precision_runs_as_the_configs_are():
+    """A fused optimizer, whose gradients are clipped."""
+    fit("--trainer.precision=bf16-mixed")
 
 
 def test_the_command_line_wins_over_the_checkpoint():

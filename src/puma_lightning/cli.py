@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -39,10 +40,15 @@ class PumaCLI(LightningCLI):
         path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
         if path and path not in SPECIAL_CHECKPOINTS and not str(path).startswith("registry"):
             load_checkpoint(path)
-        model = self.config[self.subcommand].model if self.subcommand == "fit" else None
+        model = self.config[self.subcommand].model if self.subcommand else None
         start = (model.get("init_args") or {}).get("init_from") if model else None
         if start and not path and str(start).endswith(".ckpt"):
             load_checkpoint(start)  # before a large data set is prepared for nothing
+        if self.subcommand in ("validate", "test", "predict") and not path and not start:
+            rank_zero_warn(
+                f"{self.subcommand} without --ckpt_path or init_from: the weights are random, unless the backbone "
+                "brings its own"
+            )
 
     def instantiate_classes(self) -> None:
         """Report an impossible value as the command line reports an unknown key: in a sentence, not a traceback."""

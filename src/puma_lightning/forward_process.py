@@ -73,10 +73,6 @@ class ForwardProcess:
         """The K of each chain, (B,), given that of its time and its answer length, (B,) int64."""
         return torch.full_like(answer_length, num_stages)
 
-    def min_answer_length(self) -> int:
-        """The shortest answer this process can train on, in positions."""
-        return 1
-
     def start(
         self,
         x0: Tensor,
@@ -169,7 +165,8 @@ class ProgressiveUnmasking(ForwardProcess):
 
     Args:
         num_stages: K, the number of training steps each sequence stays for (about as many with a threshold); or
-            a schedule of ``[optimizer step, K]`` pairs such as ``[[0, 12], [60000, 15]]``.
+            a schedule of ``[optimizer step, K]`` pairs such as ``[[0, 12], [60000, 15]]``. An answer of fewer positions
+            than that meets some of its boards more than once.
         policy: Scores masked positions; the highest are revealed first.
         threshold: If given, also reveal every masked position whose top-1 probability exceeds it.
     """
@@ -200,9 +197,6 @@ class ProgressiveUnmasking(ForwardProcess):
         """
         stages = super().chain_stages(num_stages, answer_length)
         return stages if self.threshold is None else torch.minimum(stages, answer_length.clamp_min(1))
-
-    def min_answer_length(self) -> int:
-        return self.schedule.last
 
     def start(
         self,

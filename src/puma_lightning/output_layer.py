@@ -119,7 +119,7 @@ def predict(
     with head.no_autocast():
         for rows, buffer in head.chunks():
             if temperature:
-                drawn[rows] = _draw(buffer, uniform[rows], temperature, top_p)
+                drawn[rows] = draw_tokens(buffer, uniform[rows], temperature, top_p)
             _summarise(buffer, None if target is None else target[rows], found, rows)
     if greedy:
         return replace(found, drawn=found.token, token=found.token if "token" in statistics else None)
@@ -285,8 +285,18 @@ def _softmax_in_place(buffer: Tensor, top: Tensor, fused: bool) -> None:
         buffer.div_(buffer.sum(-1, keepdim=True))
 
 
-def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Tokens ``(n,)`` from softmax(logits / temperature), logits ``(n, V)``, given uniform numbers ``(n,)``."""
+def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Draw a token for every row of logits, by inverting the cumulative distribution.
+
+    Args:
+        logits: (n, V) float32; in every row one is finite.
+        uniform: Uniform numbers in [0, 1), (n,) float32.
+        temperature: Above 0.
+        top_p: Draw only from the smallest set of tokens with at least this probability.
+
+    Returns:
+        Tokens, (n,) int64.
+    """
     # Less the maximum first: a small temperature would make infinities.
     probability = (logits - logits.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
     order = None

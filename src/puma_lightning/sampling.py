@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puma_lightning.output_layer import draw_tokens
 from puma_lightning.unmasking import (
     Confidence,
     PolicyLike,
@@ -409,16 +410,9 @@ def draw(
     Returns:
         Tokens, (B, L) int64.
     """
-    logits = logits.float() / temperature if temperature else logits.float()
     # Finite, so that even where nothing else has a probability the mask token is the worst choice.
-    logits = exclude_token(logits.clamp_min(torch.finfo(torch.float).min), mask_id)
+    logits = exclude_token(logits.float().clamp_min(torch.finfo(torch.float).min), mask_id)
     if temperature == 0:
         return logits.argmax(-1)
-    if top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        probability = ordered.softmax(-1)
-        before = probability.cumsum(-1) - probability
-        logits = torch.empty_like(logits).scatter(-1, index, ordered.masked_fill(before >= top_p, float("-inf")))
-    # The Gumbel-max trick draws from softmax(logits) without a (B * L)-row multinomial.
-    uniform = torch.rand(logits.shape, dtype=torch.float, device=logits.device, generator=generator)
-    return (logits - (-uniform.log()).log()).argmax(-1)
+    uniform = torch.rand(logits.shape[:2], dtype=torch.float, device=logits.device, generator=generator)
+    return draw_tokens(logits.flatten(0, 1), uniform.flatten(), temperature, top_p).view(uniform.shape)

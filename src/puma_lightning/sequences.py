@@ -32,10 +32,10 @@ class CleanSequences:
             sampler's too, is iterated anew each pass, under a seed of its own.
         mask_id: The mask token.
         vocab_size: V.
-        min_answer_length: The shortest answer allowed, in positions.
         rank: This process.
         world_size: Number of processes.
         seed: The same on all ranks.
+        first_given: Whether position 0 must be given in every sequence.
 
     Raises:
         ValueError: If the loader has no batch size or no sampler, or the data set is empty or has no length.
@@ -46,10 +46,10 @@ class CleanSequences:
         loader: "DataLoader[Any]",
         mask_id: int,
         vocab_size: int,
-        min_answer_length: int = 1,
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        first_given: bool = False,
     ) -> None:
         self.loader = loader
         self.rank = rank
@@ -57,7 +57,7 @@ class CleanSequences:
         self._limits: dict[str, Any] = {
             "mask_id": mask_id,
             "vocab_size": vocab_size,
-            "min_answer_length": min_answer_length,
+            "first_given": first_given,
         }
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         if not batch_size:
@@ -102,6 +102,13 @@ class CleanSequences:
         """Let the loader's worker processes end; the position stays."""
         self._rest = None
         self._batches = iter(())
+
+    @property
+    def length(self) -> int:
+        """L, of the sequences that come next."""
+        if self._rest is None:
+            self._rest = self._next_batch()
+        return self._rest["input_ids"].shape[1]
 
     def take(self, number: int) -> Batch:
         """The next ``number`` sequences.

@@ -225,24 +225,26 @@ class Stream:
             ValueError: If the snapshot is of other slots or of another data set.
         """
         groups = [group and Slots(**group) for group in snapshot["groups"]]
+        self.sequences.seek(snapshot["seed"], snapshot["position"])
+        length = self.sequences.length
+        lengths = [chains.x0.numel() // snapshot["num_slots"] for chains in groups if chains is not None]
         for what, saved, now in (
             ("accumulate_grad_batches", len(groups), len(self.groups)),
             ("training sequences", snapshot["num_sequences"], self.sequences.num_sequences),
             ("batch size", snapshot["num_slots"], self.num_slots),
+            *(("sequence length", saved, length) for saved in lengths),
         ):
             if saved != now:
                 raise ValueError(
                     f"the checkpoint was saved with {what} = {saved}, this run has {now}; resume with the same, or "
                     "start a new run from its weights with init_from"
                 )
-        for chains in filter(None, groups):
-            for size in self.block_size.values if self.block_size is not None else ():
-                check_block_size(size, chains.x0.numel() // self.num_slots)
+        for size in self.block_size.values if self.block_size is not None else ():
+            check_block_size(size, length)
         self.seed = snapshot["seed"]
         self.step = snapshot["step"]
         self.groups = [slots and slots.to(self.device) for slots in groups]
         self._on_host = {i: copy_to_host(self._for_host(slots)) for i, slots in enumerate(groups) if slots is not None}
-        self.sequences.seek(self.seed, snapshot["position"])
 
 
 def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:

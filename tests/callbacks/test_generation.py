@@ -13,6 +13,7 @@ from puma_lightning import (
     Sampler,
     SudokuDataModule,
     SudokuSolved,
+    UnmaskingTrajectory,
 )
 
 
@@ -63,6 +64,43 @@ def test_a_model_that_knows_the_solutions_solves_everything(data):
     assert metrics["val/nfe/margin_3"] == 4
     assert all("(20 sequences" in line for line in callback.summary)
     assert "solved 100.0%" in callback.summary[0]
+
+
+class Loosely:
+    """Batches as somebody's own loader may yield them."""
+
+    def __init__(self, loader, change):
+        self.loader, self.change = loader, change
+
+    def __iter__(self):
+        return map(self.change, self.loader)
+
+    def __len__(self):
+        return len(self.loader)
+
+
+LOOSELY = {
+    "0 and 1": lambda batch: {**batch, "prompt_mask": batch["prompt_mask"].long()},
+    "int32": lambda batch: {**batch, "input_ids": batch["input_ids"].int()},
+    "nothing given": lambda batch: {"input_ids": batch["input_ids"]},
+}
+
+
+@pytest.mark.parametrize("change", LOOSELY.values(), ids=LOOSELY)
+def test_batches_that_training_accepts_are_judged_and_drawn(data, change):
+    callback = GenerationEvaluation({"cells": CellAccuracy()}, [Sampler()])
+    trajectory = UnmaskingTrajectory(num_examples=1)
+    plain = data.val_dataloader()
+    module = MaskedDiffusion(Oracle(plain), 5, RandomMasking())
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, callbacks=[callback, trajectory], enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.validate(module, Loosely(plain, change), verbose=False)
+    given = "prompt_mask" in change(next(iter(plain)))
+    assert trainer.callback_metrics["val/nfe/confidence_1"] == (10 if given else 16)
+    assert (trainer.callback_metrics["val/cells/confidence_1"] == 1) == given
+    assert trajectory.history
 
 
 def test_num_examples_limits_the_work(data):

@@ -11,14 +11,14 @@ from puma_lightning import MaskedDiffusion, RandomMasking, TransformerBackbone, 
 from puma_lightning.plots import draw_reveal_order
 
 
-def watch(callback, tmp_path, step, length=36):
+def watch(callback, tmp_path, step, length=36, first=True):
     torch.manual_seed(0)
     backbone = TransformerBackbone(
         8, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, max_length=length
     )
     module = MaskedDiffusion(backbone, 7, RandomMasking())
     trainer = SimpleNamespace(
-        sanity_checking=False, is_global_zero=True, global_step=step, log_dir=str(tmp_path), loggers=[],
+        sanity_checking=False, is_global_zero=first, global_step=step, log_dir=str(tmp_path), loggers=[],
         fast_dev_run=False, datamodule=SimpleNamespace(order=6), precision_plugin=Precision(),
     )  # fmt: skip
     batch = {"input_ids": torch.randint(1, 7, (3, length)), "prompt_mask": torch.rand(3, length) < 0.4}
@@ -49,6 +49,16 @@ def test_a_resumed_run_goes_on_with_the_picture(tmp_path):
     watch(resumed, tmp_path, 20)  # validated again after the resume: not twice in the picture
     watch(resumed, tmp_path, 30)
     assert [past["step"] for past in resumed.history] == [10, 20, 30]
+
+
+def test_other_processes_leave_the_picture_alone(tmp_path):
+    """After a resume they too have what has been seen before."""
+    first, resumed = UnmaskingTrajectory(num_examples=1), UnmaskingTrajectory(num_examples=1)
+    watch(first, tmp_path / "first", 10)
+    resumed.load_state_dict(first.state_dict())
+    watch(resumed, tmp_path / "other", 20, first=False)
+    assert first.path.exists()
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(("length", "order", "cells"), [(16, None, 16), (16, 4, 16), (32, None, 32), (72, 6, 36)])

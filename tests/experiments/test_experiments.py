@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from puma_lightning import SudokuDataModule
+from puma_lightning.cli import main
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -33,7 +35,7 @@ def script(name: str):
 
 curves, runs, comparison = script("_curves"), script("_runs"), script("_comparison")
 figure3, figure4, figure5 = script("figure3"), script("figure4"), script("figure5")
-search, sudoku_9x9 = script("search"), script("sudoku_9x9")
+figure1, search, sudoku_9x9 = script("figure1"), script("search"), script("sudoku_9x9")
 
 
 # --- curves ---
@@ -356,6 +358,20 @@ def test_where_files_are_is_not_written_down(runs, comparison, tmp_path):
     assert written == ["--data.train_file", "a.csv", "--data.val_file=b.csv", "[a.csv, c.csv]", "*.csv", "3"]
 
 
+def test_policies_are_drawn_of_the_first_set(runs, figure4):
+    """Others, whose names have an ending, would be points of the same line."""
+    points = [
+        point
+        for suffix, solved in (("", 0.8), ("/hard", 0.2))
+        for metric, value in (("solved", solved), ("nfe", 26.0))
+        for point in logged(runs, "a", f"val/{metric}/confidence_1{suffix}", [value])
+    ]
+    axis = Figure().subplots()
+    figure4.against_nfe("a", "A")(axis, points)
+    (line,) = axis.lines
+    assert line.get_xydata().tolist() == [[26.0, pytest.approx(0.8)]]
+
+
 def test_runs_of_different_lengths_are_not_compared(runs, comparison):
     points = logged(runs, "a", "val/solved/x", [0.2, 0.4]) + logged(runs, "b", "val/solved/x", [0.4])
     asked = comparison.Comparison(
@@ -431,6 +447,29 @@ def test_panels_show_what_some_run_logs(name, monkeypatch):
             if isinstance(panel, tuple):
                 assert any(metric.startswith(panel[0]) for metric in made), panel
         assert any(metric.startswith(comparison.measure) for metric in made)
+
+
+@pytest.mark.slow
+def test_a_model_of_text_is_judged_under_every_policy(figure1, monkeypatch, tmp_path, capsys):
+    """What ``--scale gpu`` does at the end, with a small model of the word problems."""
+    run = figure1.comparison("gpu").runs["puma_judged"]
+    assert (run.command, run.start, run.flags) == ("validate", "puma", figure1.EVERY_POLICY)
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "--data.num_train",
+        "64",
+        "--data.num_val",
+        "4",
+        "--data.eval_batch_size",
+        "4",
+        "--data.cache_dir",
+        "cache",
+    ]
+    small += ["--trainer.logger", "false", "--config", str(EXPERIMENTS.parent / run.flags[1])]
+    main(["validate", "--config", str(EXPERIMENTS.parent / "configs/words/puma.yaml"), *small])
+    said = capsys.readouterr().out
+    for policy in ("confidence", "margin"):
+        assert all(f"val/program_accuracy/{policy}_{number}" in said for number in (1, 2, 3))
 
 
 def logged_names(evaluation: dict) -> set[str]:

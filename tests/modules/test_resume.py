@@ -31,12 +31,13 @@ MASK = V - 1
 
 
 class Rows(Dataset):
-    def __init__(self, size: int = 51) -> None:
+    def __init__(self, size: int = 51, length: int = 10) -> None:
         generator = torch.Generator().manual_seed(0)
         self.x0 = torch.randint(MASK, (size, 10), generator=generator)
         self.x0[:, :2] = torch.stack([torch.arange(size) // MASK % MASK, torch.arange(size) % MASK], dim=1)
         self.x0[:, 2] = torch.arange(size) // MASK**2
-        self.prompt = torch.arange(10) < 3  # says which sequence it is
+        self.x0 = self.x0[:, :length]
+        self.prompt = torch.arange(length) < 3  # says which sequence it is
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -96,6 +97,7 @@ def run(
     workers: int = 0,
     seed: int = 3,
     size: int = 51,
+    length: int = 10,
     say: bool = False,
     init_from: str | None = None,
     callbacks: tuple[pl.Callback, ...] = (),
@@ -133,7 +135,7 @@ def run(
             **options,
         }
     )
-    rows = Rows(size)
+    rows = Rows(size, length)
     train = DataLoader(rows, batch_size=batch_size, shuffle=True, num_workers=workers)
     trainer.fit(module, train, DataLoader(rows, batch_size=16), ckpt_path=ckpt)
     return record, {name: value.clone() for name, value in module.state_dict().items()}, trainer
@@ -244,9 +246,10 @@ def test_a_checkpoint_is_tensors_and_plain_types(tmp_path):
         ({"batch_size": 3}, "batch size = 4, this run has 3.*init_from"),
         ({"accumulate": 3}, "accumulate_grad_batches = 2, this run has 3.*init_from"),
         ({"size": 50}, "training sequences = 51, this run has 50.*init_from"),
+        ({"length": 9}, "sequence length = 10, this run has 9.*init_from"),
         ({"backbone": Backbone(width=16)}, r"embed.weight is \(6, 12\) instead of \(6, 16\)"),
     ],
-    ids=["batch size", "accumulation", "data", "model"],
+    ids=["batch size", "accumulation", "data", "length", "model"],
 )
 def test_resuming_with_other_slots_is_refused(tmp_path, options, message):
     """The error says what was, what is, and what to do instead."""
@@ -317,6 +320,43 @@ def test_a_second_fit_does_not_go_back_to_init_from(tmp_path):
         again = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
         again.fit(trainer.lightning_module, DataLoader(Rows(), batch_size=4))
     assert all(torch.equal(value, trained[name]) for name, value in start.items())
+
+
+def test_judging_starts_from_init_from_too_unless_there_is_something_better(tmp_path):
+    """A checkpoint given to the trainer, or the weights of ``load_from_checkpoint``."""
+    run(tmp_path, save_at=(5, 15))
+    start, later = (torch.load(tmp_path / f"batch{n}.ckpt", weights_only=True)["state_dict"] for n in (5, 15))
+
+    def judged(ckpt_path: str | None = None, loaded: bool = False) -> dict[str, Tensor]:
+        module = MaskedDiffusion(Backbone(), MASK, init_from=str(tmp_path / "batch5.ckpt"), scheduler=None)
+        if loaded:
+            module.on_load_checkpoint({"state_dict": later})
+            module.load_state_dict(later)
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_model_summary=False, enable_progress_bar=False)
+        trainer.validate(module, DataLoader(Rows(), batch_size=16), ckpt_path=ckpt_path, verbose=False)
+        return module.state_dict()
+
+    for found, expected in (
+        (judged(), start),
+        (judged(str(tmp_path / "batch15.ckpt")), later),
+        (judged(loaded=True), later),
+    ):
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_weights_that_were_loaded_are_trained_on_whatever_init_from_says(tmp_path):
+    """As ``load_from_checkpoint`` leaves them."""
+    run(tmp_path, save_at=(5, 15))
+    later = torch.load(tmp_path / "batch15.ckpt", weights_only=True)["state_dict"]
+    module = MaskedDiffusion(Backbone(), MASK, init_from=str(tmp_path / "batch5.ckpt"), scheduler=None)
+    module.on_load_checkpoint({"state_dict": later})
+    module.load_state_dict(later)
+    start = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedDiffusion, "preflight", lambda self, batch: start.update(copy_of(self)))
+        again = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+        again.fit(module, DataLoader(Rows(), batch_size=4))
+    assert all(torch.equal(value, later[name]) for name, value in start.items())
 
 
 def copy_of(module: nn.Module) -> dict[str, Tensor]:
@@ -464,14 +504,15 @@ class Fail(pl.Callback):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_checkpoint_saved_on_an_exception_goes_on_too(tmp_path, accumulate):
-    """The batch that failed is trained on again, as if nothing had happened."""
+    """The batch that failed is trained on again, as if nothing had happened; also if it is not the last stop."""
     full = run(tmp_path, accumulate=accumulate)
     save = ModelCheckpoint(tmp_path, save_on_exception=True, every_n_train_steps=1000)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(tmp_path, accumulate=accumulate, callbacks=(save, Fail()))
     (path,) = tmp_path.glob("*.ckpt")
-    rest = run(tmp_path, path, accumulate=accumulate)[0]
-    assert [*rest.losses.values()] == [*full[0].losses.values()][9:]
+    assert_goes_on(full, run(tmp_path, path, accumulate=accumulate, save_at=(11, 12, 13)), 8)
+    for after in (11, 12, 13):
+        assert_goes_on(full, run(tmp_path, tmp_path / f"batch{after}.ckpt", accumulate=accumulate), after)
 
 
 class FailAfterBackward(pl.Callback):

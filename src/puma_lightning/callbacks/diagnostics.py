@@ -138,7 +138,7 @@ class ChainDiagnostics(Callback):
         for name, value in entry.items():
             pl_module.log(f"chain/{name}", value, rank_zero_only=True)
         self.history.append({"step": trainer.global_step, **entry})
-        self.path = save_picture(trainer, "chains", self.draw if trainer.is_global_zero else None) or self.path
+        self.path = save_picture(trainer, "chains", self.draw) or self.path
 
     def _agreement(self, trainer: pl.Trainer, module: MaskedDiffusion) -> tuple[Tensor, Tensor]:
         """See ``agreement``, of the boards that are trained on next."""

@@ -97,6 +97,7 @@ class GenerationEvaluation(Callback):
         if trainer.sanity_checking:
             return
         assert isinstance(pl_module, GenerativeModule)
+        batch = {**batch, **pl_module.checked(batch)}
         seen = self._seen.get(dataloader_idx, 0)
         wanted = len(batch["input_ids"])
         if self.num_examples is not None:

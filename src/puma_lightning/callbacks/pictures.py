@@ -9,18 +9,18 @@ from matplotlib.figure import Figure
 
 
 def save_picture(trainer: pl.Trainer, name: str, draw: Callable[[], Figure] | None) -> Path | None:
-    """Draw a picture anew in the log directory and in TensorBoard. To be called on all ranks.
+    """Draw a picture anew in the log directory and in TensorBoard. To be called on all ranks; the first draws.
 
     Args:
         trainer: Whose log directory it is.
         name: Of the file, without its ending.
-        draw: None on a rank that has nothing to draw.
+        draw: None if there is nothing to draw.
 
     Returns:
         The file; None where nothing was drawn, as in a trial run.
     """
     folder = trainer.log_dir  # asks all ranks, so it must not be left to rank 0
-    if draw is None or folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if draw is None or folder is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     figure = draw()
     path = Path(folder) / f"{name}.png"

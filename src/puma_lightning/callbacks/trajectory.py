@@ -54,6 +54,7 @@ class UnmaskingTrajectory(Callback):
         if batch_idx or dataloader_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, GenerativeModule)
+        batch = pl_module.checked(batch)
         input_ids = batch["input_ids"][: self.num_examples]
         prompt_mask = batch["prompt_mask"][: self.num_examples]
         # Lightning runs callbacks outside of autocast.

@@ -13,7 +13,15 @@ Batch = dict[str, Tensor]
 DEFAULT_CACHE = "~/.cache/puma_lightning"
 
 
-def check_batch(batch: Any, *, mask_id: int, vocab_size: int, min_answer_length: int = 1, clean: bool = True) -> Batch:
+def check_batch(
+    batch: Any,
+    *,
+    mask_id: int,
+    vocab_size: int,
+    may_be_given: bool = False,
+    first_given: bool = False,
+    clean: bool = True,
+) -> Batch:
     """Check a batch ``{"input_ids": (B, L), "prompt_mask": (B, L)}`` from any DataModule.
 
     Args:
@@ -21,7 +29,8 @@ def check_batch(batch: Any, *, mask_id: int, vocab_size: int, min_answer_length:
             mask tokens, everything else is.
         mask_id: The mask token.
         vocab_size: V; token ids must be in 0..V-1.
-        min_answer_length: The shortest answer allowed, in positions; 0 lets a prompt cover everything.
+        may_be_given: Whether a prompt may cover everything.
+        first_given: Whether position 0 must be given, as a shifted model wants it.
         clean: Whether the answer must be free of mask tokens (it need not be for prediction).
 
     Returns:
@@ -66,20 +75,29 @@ def check_batch(batch: Any, *, mask_id: int, vocab_size: int, min_answer_length:
             f"{'clean data' if clean else 'a prompt'} must not contain the mask token {mask_id}, found at row {row}, "
             f"position {column} of a batch; give the mask an id of its own"
         )
-    answer_length = (~prompt_mask).sum(1)
-    shortest = int(answer_length.min())
-    if shortest == 0 < min_answer_length:
+    given = prompt_mask.all(1)
+    if given.any() and not may_be_given:
         raise ValueError(
-            f"the prompt covers the whole sequence in row {int(answer_length.argmin())} of a batch; "
+            f"the prompt covers the whole sequence in row {int(given.nonzero()[0])} of a batch; "
             "at least one position must be left to predict"
         )
-    if shortest < min_answer_length:
-        raise ValueError(
-            f"the forward process needs answers of at least {min_answer_length} positions, row "
-            f"{int(answer_length.argmin())} of a batch has one of {shortest}; num_stages (K) must not be greater than "
-            "the answer length"
-        )
+    if first_given:
+        check_first(prompt_mask)
     return {"input_ids": input_ids, "prompt_mask": prompt_mask}
+
+
+def check_first(prompt_mask: Tensor) -> None:
+    """Check that a model which predicts each position at the one before it has a position to start from.
+
+    Raises:
+        ValueError: If position 0 of a row of the mask, (B, L) bool, is not given.
+    """
+    if not prompt_mask[:, 0].all():
+        raise ValueError(
+            "an autoregressive or shifted model predicts each position at the one before it, so position 0 must be "
+            f"given in every sequence, and is not in row {int((~prompt_mask[:, 0]).nonzero()[0])} of a batch; start "
+            "sequences with a token such as EOS and set prompt_mask there"
+        )
 
 
 def make_loader(

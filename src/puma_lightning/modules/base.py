@@ -12,9 +12,12 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from puma_lightning.checkpoints import (
@@ -80,8 +83,7 @@ class StreamedModule(pl.LightningModule):
         self.scheduler = scheduler
         self.init_from = init_from
         self._snapshots: list[dict[str, Any]] | None = None
-        self._resumed = False
-        self._initialised = False
+        self._initialised = False  # whether the weights are those of init_from, a checkpoint or training
         self._backward_at = -1
         self._all_finite: Tensor | None = None
 
@@ -94,8 +96,10 @@ class StreamedModule(pl.LightningModule):
     # The stream ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Put the stream between Lightning and the user's train loader."""
+        """Put the stream between Lightning and the user's train loader; judge ``init_from`` where nothing else is."""
         if stage != "fit":
+            if self.trainer.ckpt_path is None:
+                self._start_from_weights()
             return
         for option in ("overfit_batches", "reload_dataloaders_every_n_epochs"):
             if getattr(self.trainer, option):
@@ -103,6 +107,7 @@ class StreamedModule(pl.LightningModule):
                     f"Trainer({option}) works on loaders, which the stream of slots replaces; "
                     "leave it out and choose the sequences in the DataModule"
                 )
+        self._random_before = torch.get_rng_state()
         # It is: the stream's state is in this module's part of the checkpoint.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
         # Private, as of lightning 2.6: the one handle on loaders however they were given.
@@ -125,11 +130,10 @@ class StreamedModule(pl.LightningModule):
             loader,
             self.mask_id,
             self.vocab_size,
-            # The part of an answer in a block may be of any length, down to none.
-            self.forward_process.min_answer_length() if self.block_size is None else 1,
             trainer.global_rank,
             trainer.world_size,
             seed,
+            first_given=self.shifted,
         )
         groups = max(
             [trainer.accumulate_grad_batches]
@@ -162,8 +166,11 @@ class StreamedModule(pl.LightningModule):
         return self.stream
 
     def on_fit_start(self) -> None:
-        """Start from the weights of ``init_from``, unless the run is a resumed one."""
-        if self.init_from is not None and not self._resumed and not self._initialised:
+        """Start from the weights of ``init_from``, unless there are others already."""
+        self._start_from_weights()
+
+    def _start_from_weights(self) -> None:
+        if self.init_from is not None and not self._initialised:
             self.load_weights(self.init_from)
         self._initialised = True
 
@@ -192,13 +199,18 @@ class StreamedModule(pl.LightningModule):
         """Let the loader's worker processes end."""
         if stage == "fit" and hasattr(self, "stream"):
             self.stream.sequences.close()
-        self._resumed = False
+            # The seed of the last step is not to be that of what comes next in this process.
+            torch.set_rng_state(self._random_before)
 
     def preflight(self, batch: dict[str, Tensor]) -> None:
         """Check what the first batch gives; subclasses raise ValueError."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tie dropout, and whatever else draws from the global generators, to (seed, rank, step)."""
+        # After a resume from within a step, lightning 2.6 has counted that step twice, and by these numbers it tells
+        # where in a step a later checkpoint was saved.
+        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        total.ready, total.started = total.completed + 1, total.completed
         torch.manual_seed(derived_seed(self.stream.seed, self.global_rank, self.stream.step))
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -212,26 +224,24 @@ class StreamedModule(pl.LightningModule):
         if self._trainer is None or not hasattr(self, "stream"):
             return
         trainer = self.trainer
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         in_flight = progress.ready > progress.processed
         state: dict[str, Any] = {
             "stream": self.stream.snapshot(in_flight),
             "gradients": self._partial_gradients(in_flight),
         }
         state["finite"] = self._all_finite is None or bool(self._all_finite)
-        if not state["finite"]:
-            self._stop_at_non_finite()
         states: list[Any] = [state]
-        if trainer.world_size > 1:
-            if trainer.state.status == "interrupted":
-                # Perhaps this process alone failed and saves: the others would never answer.
-                rank_zero_warn("saved after an exception: the slots of other processes are not in this checkpoint")
-                states = []
-            else:
-                states = [None] * trainer.world_size
-                torch.distributed.all_gather_object(states, state)
+        # Perhaps this process alone failed and saves: the others would never answer.
+        alone = trainer.state.status == "interrupted"
+        if trainer.world_size > 1 and not alone:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, state)
         if not all(state["finite"] for state in states):
             self._stop_at_non_finite()
+        if trainer.world_size > 1 and alone:
+            rank_zero_warn("saved after an exception: the slots of other processes are not in this checkpoint")
+            states = []
         checkpoint[CHECKPOINT_KEY] = {"world_size": trainer.world_size, "ranks": states, "facts": self.facts()}
 
     def _partial_gradients(self, in_flight: bool) -> dict[str, Tensor] | None:
@@ -265,9 +275,9 @@ class StreamedModule(pl.LightningModule):
         if self.strict_loading:
             check_weights(self, checkpoint.get("state_dict", {}), "the checkpoint")
             check_facts(self.facts(), checkpoint.get(CHECKPOINT_KEY, {}).get("facts", {}), "the checkpoint")
+        self._initialised = True
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        self._resumed = True
         saved = checkpoint.get(CHECKPOINT_KEY)
         if not saved or not saved["ranks"]:
             rank_zero_warn("the checkpoint holds no slots; they start afresh, and the data from the first sequence")
@@ -338,6 +348,24 @@ class StreamedModule(pl.LightningModule):
             f"the loss is not finite (NaN or infinite) by optimizer step {self.global_step}; the last good checkpoint "
             f"is {last or 'none, nothing was saved yet'}; go on from it with a lower learning rate or gradient clipping"
         )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer says.
+
+        Lightning refuses to with mixed precision and a fused optimizer, which is right where gradients are scaled, and
+        with bfloat16 they are not.
+        """
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and, stepped every optimizer step, the scheduler."""

@@ -130,10 +130,10 @@ class BlockDiffusion(MaskedDiffusion):
         """The length of the blocks that the model was trained in last, which is what it can be evaluated in."""
         return self.trained_in or self.block_size.at(0)
 
-    def on_fit_start(self) -> None:
-        """A run that is not a resumed one starts its curriculum anew."""
-        super().on_fit_start()
-        if not self._resumed:
+    def setup(self, stage: str) -> None:
+        """A run starts its curriculum anew, unless a checkpoint is loaded after this."""
+        super().setup(stage)
+        if stage == "fit":
             self.trained_in = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from puma_lightning.data.base import Batch, check_batch
+from puma_lightning.data.base import Batch, check_batch, check_first
 from puma_lightning.models.transformer import TransformerBackbone
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.output_layer import predict
@@ -137,7 +137,6 @@ class GenerativeModule(StreamedModule):
         """Check the samplers, and what the backbone makes of the first batch."""
         for sampler in self.all_samplers():
             self.check_sampler(sampler)
-        self.check_start(batch["prompt_mask"])
         xt = self.few(batch["xt"])
         self.check_logits(xt, self(xt))
 
@@ -180,11 +179,8 @@ class GenerativeModule(StreamedModule):
         Raises:
             ValueError: If position 0 of a sequence is not given.
         """
-        if self.shifted and not prompt_mask[:, 0].all():
-            raise ValueError(
-                f"this {type(self).__name__} predicts each position at the one before it, so position 0 must be given "
-                "in every sequence; start them with a token such as EOS and set prompt_mask there"
-            )
+        if self.shifted:
+            check_first(prompt_mask)
 
     def check_eos(self, eos_id: int | None) -> int | None:
         """Return the token that ends an answer, or None if there is none.
@@ -214,11 +210,24 @@ class GenerativeModule(StreamedModule):
     def _evaluate(self, stage: str, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
         if is_questions(batch, self.mask_id):
             return
-        batch = check_batch(batch, mask_id=self.mask_id, vocab_size=self.vocab_size)
-        self.check_start(batch["prompt_mask"])
+        batch = self.checked(batch)
         loss, weight = self.evaluation_loss(batch, self.evaluation_generator(dataloader_idx, batch_idx))
         name = f"{stage}/loss{loader_suffix(self.trainer, dataloader_idx)}"
         self.log(name, loss, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True, add_dataloader_idx=False)
+
+    def checked(self, batch: Any) -> Batch:
+        """A batch of evaluation, ``{"input_ids", "prompt_mask"}``: clean sequences, or questions alone.
+
+        Raises:
+            ValueError: If it is neither.
+        """
+        return check_batch(
+            batch,
+            mask_id=self.mask_id,
+            vocab_size=self.vocab_size,
+            first_given=self.shifted,
+            clean=not is_questions(batch, self.mask_id),
+        )
 
     def on_validation_epoch_end(self) -> None:
         """The perplexity, exp(val/loss); of a diffusion model a bound on it."""
@@ -239,7 +248,7 @@ class GenerativeModule(StreamedModule):
         Returns:
             ``{"tokens": (B, L), "reveal_step": (B, L), "nfe": (B,)}``, see ``Sample``.
         """
-        batch = check_batch(batch, mask_id=self.mask_id, vocab_size=self.vocab_size, min_answer_length=0, clean=False)
+        batch = check_batch(batch, mask_id=self.mask_id, vocab_size=self.vocab_size, may_be_given=True, clean=False)
         sample = self.sample(
             batch["input_ids"], batch["prompt_mask"], generator=self.evaluation_generator(dataloader_idx, batch_idx)
         )
@@ -302,7 +311,7 @@ def is_questions(batch: Any, mask_id: int) -> bool:
     """Whether a batch has prompts alone: every position that is not given is masked."""
     if not isinstance(batch, dict) or not isinstance(batch.get("prompt_mask"), Tensor):
         return False
-    answer = ~batch["prompt_mask"]
+    answer = ~batch["prompt_mask"].bool()
     return bool(answer.any(1).all() and ((batch["input_ids"] == mask_id) | ~answer).all())
 
 

@@ -146,7 +146,6 @@ class MaskedDiffusion(GenerativeModule):
         samplers = self.all_samplers()
         for sampler in samplers:
             self.check_sampler(sampler)
-        self.check_start(batch["prompt_mask"])
         parts: list[object] = [self.forward_process, *(getattr(s, "within", s) for s in samplers)]
         policies = [part.policy for part in parts if hasattr(part, "policy")]
         x0, xt = self.few(x0), self.few(xt)
