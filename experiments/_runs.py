@@ -256,7 +256,7 @@ def _points(name: str, seed: int, target: Path, command: str) -> list[Point]:
 def _steps(target: Path) -> int:
     """Optimizer steps of a run: of its last checkpoint, or what its config asks for, as it may have been stopped."""
     config = yaml.safe_load(next(target.rglob("config.yaml")).read_text())
-    done: int = torch.load(last_checkpoint(target), weights_only=True)["global_step"]
+    done: int = torch.load(last_checkpoint(target), "cpu", weights_only=True, mmap=True)["global_step"]
     asked: int = config["trainer"]["max_steps"]
     return max(done, asked)
 

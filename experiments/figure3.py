@@ -46,8 +46,11 @@ def puzzles(folder: Path) -> tuple[SudokuDataModule, Tensor, Tensor]:
 
 def solve(checkpoint: Path, x0: Tensor, prompt_mask: Tensor) -> Sample:
     """By confidence, one position a pass."""
-    model = MaskedDiffusion.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-    return model.sample(x0, prompt_mask, Sampler(Confidence()), torch.Generator().manual_seed(0))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = MaskedDiffusion.load_from_checkpoint(checkpoint, map_location=device).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    sample = model.sample(x0.to(device), prompt_mask.to(device), Sampler(Confidence()), generator)
+    return Sample(sample.tokens.cpu(), sample.reveal_step.cpu(), sample.nfe.cpu())
 
 
 def agreement(order: Tensor, other: Tensor, prompt_mask: Tensor) -> float:

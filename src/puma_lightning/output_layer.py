@@ -227,7 +227,12 @@ class _Head:
             rows = slice(start, min(start + self.rows, len(self.hidden)))
             buffer = self.buffer[: rows.stop - start]
             logits = buffer[:, : self.vocab_size]
-            _multiply(self.hidden[rows], self.weight.t(), out=logits)
+            if self.hidden.dtype == self.exact:
+                torch.mm(self.hidden[rows], self.weight.t(), out=logits)
+            else:
+                # By way of rows with padding: those of a new tensor would not be aligned.
+                product = self._narrow(len(buffer))[:, : self.vocab_size]
+                logits.copy_(torch.mm(self.hidden[rows], self.weight.t(), out=product))
             if self.bias is not None:
                 logits += self.bias
             buffer[:, self.vocab_size :] = float("-inf")
@@ -238,11 +243,14 @@ class _Head:
     def narrow(self, gradient: Tensor) -> Tensor:
         """The gradient in the logits, without padding and as a factor of the gradients' products: ``(n, V)``."""
         if self.backward_dtype != self.exact:
-            if self.narrowed is None:
-                self.narrowed = self._buffer(self.backward_dtype)
-            narrowed = self.narrowed[: len(gradient)]
-            gradient = narrowed.copy_(gradient)
+            gradient = self._narrow(len(gradient)).copy_(gradient)
         return gradient[:, : self.vocab_size]
+
+    def _narrow(self, rows: int) -> Tensor:
+        """A buffer of the dtype of the products' factors."""
+        if self.narrowed is None:
+            self.narrowed = self._buffer(self.hidden.dtype)
+        return self.narrowed[:rows]
 
     def empty(self, statistics: Collection[Statistic], nll: bool) -> Prediction:
         """Room for what is wanted of all positions."""

@@ -28,10 +28,13 @@ def rows(number: int, seed: int) -> list[dict[str, torch.Tensor]]:
 
 
 class Compilations(pl.Callback):
-    """How many there had been at each validation's end; masked positions of training batches; rows of all batches."""
+    """How many there had been at each validation's end and before the first step; masked positions of training batches;
+    rows of all batches.
+    """
 
     def __init__(self, counter: CompileCounter) -> None:
         self.counter, self.seen, self.masked, self.rows = counter, [], [], []
+        self.before: list[int] = []
 
     def on_train_start(self, trainer, module):
         def count(embedding, inputs, output):
@@ -41,6 +44,7 @@ class Compilations(pl.Callback):
         module.backbone.embed_tokens.register_forward_hook(count)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.before.append(self.counter.frame_count)
         self.masked.append(int((batch["xt"] == MASK).sum()))
 
     def on_validation_end(self, trainer, module):
@@ -71,5 +75,6 @@ def test_nothing_is_compiled_after_the_first_validation(model, large):
     assert len(set(compilations.masked)) > 5
     if not blocks:
         assert set(compilations.rows) == {4, 2}
+    assert compilations.before[0] == 0  # the trial of the first batch has another shape
     assert compilations.seen[0] > 0
     assert compilations.seen == compilations.seen[:1] * 4

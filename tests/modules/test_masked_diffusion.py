@@ -559,6 +559,17 @@ def test_all_processes_stop_if_the_loss_of_one_is_not_finite(bad, monkeypatch):
     assert len(gathered) == 1
 
 
+def test_a_process_stops_with_another_whose_loss_is_not_finite(monkeypatch):
+    """Both at the step in which they look."""
+    made = model()
+    run = trainer(max_steps=2)
+    run.fit(made, loader())
+    monkeypatch.setattr(type(run), "world_size", 2)
+    monkeypatch.setattr(run.strategy, "reduce_boolean_decision", lambda finite: False)
+    with pytest.raises(ValueError, match="not finite"):
+        made.check_finite(torch.tensor(1.0))
+
+
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "32-true"])
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("fused", [False, True])

@@ -178,7 +178,9 @@ class StreamedModule(pl.LightningModule):
         """Try the first batch before any step is taken, so that bad input is refused at once."""
         self._all_finite = None
         batch = self.stream.peek()
-        with torch.no_grad(), self.in_eval_mode(), self.trainer.precision_plugin.forward_context():
+        # Not compiled: the shape of a trial is not that of training.
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), self.in_eval_mode(), eager, self.trainer.precision_plugin.forward_context():
             self.preflight(batch)
         # Only now: Lightning clears all gradients while it sets up.
         self._restore_gradients()
@@ -238,7 +240,7 @@ class StreamedModule(pl.LightningModule):
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, state)
         if not all(state["finite"] for state in states):
-            self._stop_at_non_finite()
+            self._refuse_non_finite()
         if trainer.world_size > 1 and alone:
             rank_zero_warn("saved after an exception: the slots of other processes are not in this checkpoint")
             states = []
@@ -334,15 +336,22 @@ class StreamedModule(pl.LightningModule):
         self._all_finite = finite if self._all_finite is None else self._all_finite & finite
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = loss.device.type == "cpu" or (every and (self.global_step + 1) % every == 0)
-        if due and not self._all_finite:
+        if due:
             self._stop_at_non_finite()
 
     def on_train_end(self) -> None:
         """Look at the losses since the last look."""
-        if self._all_finite is not None and not self._all_finite:
-            self._stop_at_non_finite()
+        self._stop_at_non_finite()
 
     def _stop_at_non_finite(self) -> None:
+        """All processes stop together: those that went on would wait for the others."""
+        finite = self._all_finite is None or bool(self._all_finite)
+        if self.trainer.world_size > 1:
+            finite = self.trainer.strategy.reduce_boolean_decision(finite)
+        if not finite:
+            self._refuse_non_finite()
+
+    def _refuse_non_finite(self) -> None:
         last = latest_checkpoint(self.trainer)
         raise ValueError(
             f"the loss is not finite (NaN or infinite) by optimizer step {self.global_step}; the last good checkpoint "
