@@ -276,6 +276,13 @@ def test_a_model_certain_of_the_mask_token_still_gets_another_one(temperature):
     assert not (draw(logits, 0, temperature) == 0).any()
 
 
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_of_numbers_that_are_none_some_token_is_drawn(top_p):
+    """A run stops at them with an error that says so, if not at once; reading beyond the vocabulary would end worse."""
+    tokens = draw(torch.full((1, 2, V), float("nan")), MASK, 1.0, top_p, gen(0))
+    assert ((tokens >= 0) & (tokens < V)).all()
+
+
 # --- teacher and student ---
 
 

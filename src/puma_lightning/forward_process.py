@@ -165,8 +165,8 @@ class ProgressiveUnmasking(ForwardProcess):
 
     Args:
         num_stages: K, the number of training steps each sequence stays for (about as many with a threshold); or
-            a schedule of ``[optimizer step, K]`` pairs such as ``[[0, 12], [60000, 15]]``. An answer of fewer positions
-            than that meets some of its boards more than once.
+            a schedule of ``[optimizer step, K]`` pairs such as ``[[0, 12], [60000, 15]]``. Without a threshold
+            an answer of fewer positions than that meets some of its boards more than once.
         policy: Scores masked positions; the highest are revealed first.
         threshold: If given, also reveal every masked position whose top-1 probability exceeds it.
     """

@@ -19,7 +19,7 @@ class MixedMasking(ProgressiveUnmasking):
 
     Args:
         random_share: Of the rows of a batch, on average. With a threshold, which changes how long chains are and may
-            keep one at stage 0, and of answers of hardly more than K positions it is approximate.
+            keep one at stage 0, and of answers of hardly more than K positions, or fewer, it is approximate.
         num_stages: As in ``ProgressiveUnmasking``.
         policy: As in ``ProgressiveUnmasking``.
         threshold: As in ``ProgressiveUnmasking``.

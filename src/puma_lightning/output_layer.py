@@ -316,7 +316,8 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: floa
     total = cumulative[:, -1]
     # Below the total even if the product is rounded up to it, so that the token found has a probability.
     point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    place = torch.searchsorted(cumulative, point[:, None], right=True)
+    # Of NaN there is no place.
+    place = torch.searchsorted(cumulative, point[:, None], right=True).clamp_max(logits.shape[-1] - 1)
     # A parallel sum may fall by a rounding error, so that the place found has no probability.
     place = torch.where(probability.gather(1, place) > 0, place, probability.argmax(-1, keepdim=True))
     return (place if order is None else order.gather(1, place))[:, 0]

@@ -36,8 +36,3 @@ class StepSchedule:
     def at(self, step: int) -> int:
         """The value at an optimizer step."""
         return self.values[bisect_right(self.steps, step) - 1]
-
-    @property
-    def last(self) -> int:
-        """The final, largest value."""
-        return self.values[-1]

@@ -73,7 +73,7 @@ class Stream:
         self._on_host: dict[int, Callable[[], Tensor]] = {}  # what ``_for_host`` says of each group that is filled
         self.step = 0  # batches yielded in the life of this stream
         self.observers: list[Observer] = []
-        self._in_flight: Slots | None = None
+        self.yielded: Slots | None = None  # the chains of the batch yielded last, as they were then
         self._generators = {"start": torch.Generator(), "advance": torch.Generator(self.device)}
 
     def _seeded(self, step: int, purpose: str) -> torch.Generator:
@@ -86,7 +86,7 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(self.num_steps):
             batch = self.peek()
-            self._in_flight = self.groups[self.step % len(self.groups)]
+            self.yielded = self.groups[self.step % len(self.groups)]
             self.step += 1
             yield batch
 
@@ -191,7 +191,7 @@ class Stream:
             check_block_size(coming, length)
         size = block_size or length
         x0, prompt_mask = (cut_blocks(clean[name].cpu(), size) for name in ("input_ids", "prompt_mask"))
-        # A chain that is shorter than K has fewer stages.
+        # With a threshold a chain that is shorter than K has fewer stages.
         stage = stage.repeat_interleave(length // size)
         stage = stage * self.process.chain_stages(num_stages, (~prompt_mask).sum(1)) // num_stages
         generator = self._seeded(self.step, "start")
@@ -208,7 +208,7 @@ class Stream:
         groups, step = list(self.groups), self.step
         if in_flight:
             step -= 1
-            groups[step % len(groups)] = self._in_flight
+            groups[step % len(groups)] = self.yielded
         return {
             "seed": self.seed,
             "step": step,
@@ -225,26 +225,32 @@ class Stream:
             ValueError: If the snapshot is of other slots or of another data set.
         """
         groups = [group and Slots(**group) for group in snapshot["groups"]]
+        check_same("accumulate_grad_batches", len(groups), len(self.groups))
+        check_same("training sequences", snapshot["num_sequences"], self.sequences.num_sequences)
+        check_same("batch size", snapshot["num_slots"], self.num_slots)
         self.sequences.seek(snapshot["seed"], snapshot["position"])
         length = self.sequences.length
-        lengths = [chains.x0.numel() // snapshot["num_slots"] for chains in groups if chains is not None]
-        for what, saved, now in (
-            ("accumulate_grad_batches", len(groups), len(self.groups)),
-            ("training sequences", snapshot["num_sequences"], self.sequences.num_sequences),
-            ("batch size", snapshot["num_slots"], self.num_slots),
-            *(("sequence length", saved, length) for saved in lengths),
-        ):
-            if saved != now:
-                raise ValueError(
-                    f"the checkpoint was saved with {what} = {saved}, this run has {now}; resume with the same, or "
-                    "start a new run from its weights with init_from"
-                )
+        for chains in filter(None, groups):
+            check_same("sequence length", chains.x0.numel() // self.num_slots, length)
         for size in self.block_size.values if self.block_size is not None else ():
             check_block_size(size, length)
         self.seed = snapshot["seed"]
         self.step = snapshot["step"]
         self.groups = [slots and slots.to(self.device) for slots in groups]
         self._on_host = {i: copy_to_host(self._for_host(slots)) for i, slots in enumerate(groups) if slots is not None}
+
+
+def check_same(what: str, saved: int, now: int) -> None:
+    """Check that a checkpoint is of such a run.
+
+    Raises:
+        ValueError: If not.
+    """
+    if saved != now:
+        raise ValueError(
+            f"the checkpoint was saved with {what} = {saved}, this run has {now}; resume with the same, or start a new "
+            "run from its weights with init_from"
+        )
 
 
 def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:

@@ -7,7 +7,7 @@ tokens differs::
     sample:  xt = reveal(xt, tokens=draw(logits), scores=policy(logits, xt), count=n)   # student
 
 Everything here is a pure function of tensors, works on whole batches and never waits for the device.
-The order is random in how ``reveal`` breaks ties alone, so a policy is a plain function of the logits and xt.
+Where an order is random, that is how ``reveal`` breaks ties; so a policy is a plain function of the logits and xt.
 """
 
 from collections.abc import Callable, Collection

@@ -87,14 +87,14 @@ LOOSELY = {
 
 
 @pytest.mark.parametrize("change", LOOSELY.values(), ids=LOOSELY)
-def test_batches_that_training_accepts_are_judged_and_drawn(data, change):
+def test_batches_that_training_accepts_are_judged_and_drawn(data, change, tmp_path):
     callback = GenerationEvaluation({"cells": CellAccuracy()}, [Sampler()])
     trajectory = UnmaskingTrajectory(num_examples=1)
     plain = data.val_dataloader()
     module = MaskedDiffusion(Oracle(plain), 5, RandomMasking())
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, callbacks=[callback, trajectory], enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.validate(module, Loosely(plain, change), verbose=False)
     given = "prompt_mask" in change(next(iter(plain)))

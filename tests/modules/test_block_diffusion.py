@@ -528,6 +528,18 @@ def test_it_starts_from_a_masked_diffusion_or_an_autoregressive_model(tmp_path, 
         wrong.load_weights(str(tmp_path / "start.ckpt"))
 
 
+def test_weights_of_a_curriculum_alone_are_not_judged(tmp_path):
+    """They do not say which block size they were trained in last."""
+    source = MaskedDiffusion(backbone(), MASK)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(source, DataLoader(rows(), batch_size=4))
+    run.save_checkpoint(tmp_path / "start.ckpt")
+    model = block_model([(0, 2), (5, 4)], init_from=str(tmp_path / "start.ckpt"))
+    with pytest.raises(ValueError, match=r"block sizes \[2, 4\].*--ckpt_path"):
+        trainer(tmp_path).validate(model, DataLoader(rows(), batch_size=4))
+    trainer(tmp_path, max_steps=1).fit(model, DataLoader(rows(), batch_size=4))
+
+
 @few
 @given(given_=st.integers(1, LENGTH - 1), size=st.sampled_from([2, 3, 4, 6]))
 def test_prompts_may_end_anywhere(given_, size):

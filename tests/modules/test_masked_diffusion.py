@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -533,9 +533,25 @@ def test_what_comes_after_a_fit_draws_from_the_seed_of_the_run():
     pl.seed_everything(3)
     first = model()
     before = torch.random.get_rng_state()
-    trainer().fit(first, loader())
+    trainer().fit(first, loader(shuffle=True))
     assert torch.initial_seed() == 3
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_second_fit_has_an_order_of_its_own_and_another_model_the_same_as_the_first():
+    """So that models can be compared in a notebook, and one trained a little more does not see the same again."""
+    pl.seed_everything(3)
+
+    def order(module: MaskedDiffusion) -> list[list[int]]:
+        seen: list[list[int]] = []
+        watch = LambdaCallback(on_train_batch_start=lambda t, m, batch, i: seen.extend(batch["input_ids"].tolist()))
+        trainer(callbacks=[watch]).fit(module, loader(shuffle=True))
+        return seen
+
+    first = model(RandomMasking())
+    one, more, other = order(first), order(first), order(model(RandomMasking()))
+    assert one == other
+    assert one != more
 
 
 @pytest.mark.parametrize("bad", [0, 1])

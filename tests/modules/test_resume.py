@@ -322,26 +322,32 @@ def test_a_second_fit_does_not_go_back_to_init_from(tmp_path):
     assert all(torch.equal(value, trained[name]) for name, value in start.items())
 
 
-def test_judging_starts_from_init_from_too_unless_there_is_something_better(tmp_path):
-    """A checkpoint given to the trainer, or the weights of ``load_from_checkpoint``."""
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_judging_starts_from_init_from_too_unless_there_is_something_better(tmp_path, command):
+    """A checkpoint given to the trainer, or weights that were loaded before; its file need not be there then."""
     run(tmp_path, save_at=(5, 15))
     start, later = (torch.load(tmp_path / f"batch{n}.ckpt", weights_only=True)["state_dict"] for n in (5, 15))
+
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_model_summary=False, enable_progress_bar=False)
 
     def judged(ckpt_path: str | None = None, loaded: bool = False) -> dict[str, Tensor]:
         module = MaskedDiffusion(Backbone(), MASK, init_from=str(tmp_path / "batch5.ckpt"), scheduler=None)
         if loaded:
-            module.on_load_checkpoint({"state_dict": later})
             module.load_state_dict(later)
-        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_model_summary=False, enable_progress_bar=False)
-        trainer.validate(module, DataLoader(Rows(), batch_size=16), ckpt_path=ckpt_path, verbose=False)
+        getattr(trainer, command)(module, DataLoader(Rows(), batch_size=16), ckpt_path=ckpt_path)
         return module.state_dict()
 
-    for found, expected in (
-        (judged(), start),
-        (judged(str(tmp_path / "batch15.ckpt")), later),
-        (judged(loaded=True), later),
-    ):
-        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    # With one trainer, which keeps the path of the checkpoint before.
+    assert_same(judged(), start)
+    (tmp_path / "batch5.ckpt").rename(tmp_path / "elsewhere.ckpt")
+    assert_same(judged(str(tmp_path / "batch15.ckpt")), later)
+    assert_same(judged(loaded=True), later)
+    (tmp_path / "elsewhere.ckpt").rename(tmp_path / "batch5.ckpt")
+    assert_same(judged(), start)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_weights_that_were_loaded_are_trained_on_whatever_init_from_says(tmp_path):
@@ -349,7 +355,6 @@ def test_weights_that_were_loaded_are_trained_on_whatever_init_from_says(tmp_pat
     run(tmp_path, save_at=(5, 15))
     later = torch.load(tmp_path / "batch15.ckpt", weights_only=True)["state_dict"]
     module = MaskedDiffusion(Backbone(), MASK, init_from=str(tmp_path / "batch5.ckpt"), scheduler=None)
-    module.on_load_checkpoint({"state_dict": later})
     module.load_state_dict(later)
     start = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -426,6 +431,21 @@ def two_processes_of_a_large_vocabulary(folder: Path) -> None:
     two_processes(folder, backbone=TransformerBackbone(V, 16, 24, num_layers=2, num_heads=2, dropout=0.2))
 
 
+class BadOnOne(Backbone):
+    """NaN on the second process, from the fourth batch on."""
+
+    def forward(self, xt: Tensor) -> Tensor:
+        self.batches = getattr(self, "batches", 0) + self.training
+        bad = self.batches > 3 and os.environ.get("LOCAL_RANK") == "1"
+        return super().forward(xt) * (float("nan") if bad else 1.0)
+
+
+def one_of_two_turns_bad(folder: Path) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        run(folder, devices=2, strategy="ddp", max_steps=12, backbone=BadOnOne())
+    (folder / f"rank{os.environ.get('LOCAL_RANK', '0')}.json").write_text("{}")
+
+
 def on_two_ranks(folder: Path, function: str) -> tuple[dict[str, Any], dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "LOCAL_RANK"))}
     done = subprocess.run(
@@ -443,6 +463,14 @@ def test_two_processes_of_a_block_model(tmp_path):
     assert len(a["losses"]) == len(b["losses"]) and a["losses"] != b["losses"]
     held = [set(map(tuple, itertools.chain(*rank["sequences"][:6]))) for rank in (a, b)]
     assert held[0].isdisjoint(held[1])
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(tmp_path):
+    """The one whose loss is good is told, and does not wait for the other."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "LOCAL_RANK"))}
+    subprocess.run(script(tmp_path, "one_of_two_turns_bad"), timeout=120, env=environment, check=True)
+    assert (tmp_path / "rank0.json").exists()
 
 
 @pytest.mark.slow
@@ -513,6 +541,26 @@ def test_a_checkpoint_saved_on_an_exception_goes_on_too(tmp_path, accumulate):
     assert_goes_on(full, run(tmp_path, path, accumulate=accumulate, save_at=(11, 12, 13)), 8)
     for after in (11, 12, 13):
         assert_goes_on(full, run(tmp_path, tmp_path / f"batch{after}.ckpt", accumulate=accumulate), after)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_may_fail_before_it_begins(tmp_path, accumulate):
+    """And a checkpoint of that moment is the one it was resumed from."""
+    full = run(tmp_path, accumulate=accumulate)
+    (tmp_path / "first").mkdir()
+    save = ModelCheckpoint(tmp_path / "first", save_on_exception=True, every_n_train_steps=1000)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path, accumulate=accumulate, callbacks=(save, Fail()))
+    (path,) = (tmp_path / "first").glob("*.ckpt")
+
+    class FailAtOnce(pl.Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            trainer.save_checkpoint(tmp_path / "second.ckpt")
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path, path, accumulate=accumulate, callbacks=(FailAtOnce(),))
+    assert_goes_on(full, run(tmp_path, tmp_path / "second.ckpt", accumulate=accumulate), 8)
 
 
 class FailAfterBackward(pl.Callback):

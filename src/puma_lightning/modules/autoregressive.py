@@ -32,7 +32,7 @@ class AutoregressiveLM(GenerativeModule):
         sampler: How ``predict`` completes sequences.
         optimizer: Called with the parameters.
         scheduler: Called with the optimizer and stepped every optimizer step; null for a constant rate.
-        init_from: Weights to start training from (not a resume): a checkpoint, a folder with a Qwen2 model in
+        init_from: Weights to start from (not a resume): a checkpoint, a folder with a Qwen2 model in
             safetensors, or its name on the Hugging Face hub.
 
     Raises:

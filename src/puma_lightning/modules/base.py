@@ -47,7 +47,8 @@ class StreamedModule(pl.LightningModule):
         mask_id: The mask token.
         optimizer: Called with the parameters.
         scheduler: Called with the optimizer; stepped every optimizer step.
-        init_from: Weights to start training from: a checkpoint, a folder with a Qwen2 model, or its name on the hub.
+        init_from: Weights to start from, unless others have been loaded: a checkpoint, a folder with a Qwen2 model, or
+            its name on the hub.
     """
 
     stream: Stream
@@ -83,7 +84,8 @@ class StreamedModule(pl.LightningModule):
         self.scheduler = scheduler
         self.init_from = init_from
         self._snapshots: list[dict[str, Any]] | None = None
-        self._initialised = False  # whether the weights are those of init_from, a checkpoint or training
+        self._has_weights = False  # those of init_from, a checkpoint or training
+        self._fits = 0
         self._backward_at = -1
         self._all_finite: Tensor | None = None
 
@@ -96,10 +98,8 @@ class StreamedModule(pl.LightningModule):
     # The stream ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Put the stream between Lightning and the user's train loader; judge ``init_from`` where nothing else is."""
+        """Put the stream between Lightning and the user's train loader."""
         if stage != "fit":
-            if self.trainer.ckpt_path is None:
-                self._start_from_weights()
             return
         for option in ("overfit_batches", "reload_dataloaders_every_n_epochs"):
             if getattr(self.trainer, option):
@@ -112,8 +112,10 @@ class StreamedModule(pl.LightningModule):
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
         # Private, as of lightning 2.6: the one handle on loaders however they were given.
         source = self.trainer.fit_loop._data_source
+        seed = derived_seed(self._shared_seed(), self._fits) if self._fits else self._shared_seed()
+        self._fits += 1
         self.trainer.fit_loop._data_source = _StreamSource(
-            source.instance, source.name, partial(self._build_stream, seed=self._shared_seed())
+            source.instance, source.name, partial(self._build_stream, seed=seed)
         )
 
     def _shared_seed(self) -> int:
@@ -169,18 +171,35 @@ class StreamedModule(pl.LightningModule):
         """Start from the weights of ``init_from``, unless there are others already."""
         self._start_from_weights()
 
+    def on_validation_start(self) -> None:
+        """As in training."""
+        self._start_from_weights()
+
+    def on_test_start(self) -> None:
+        """As in training."""
+        self._start_from_weights()
+
+    def on_predict_start(self) -> None:
+        """As in training."""
+        self._start_from_weights()
+
     def _start_from_weights(self) -> None:
-        if self.init_from is not None and not self._initialised:
+        if self.init_from is not None and not self._has_weights:
             self.load_weights(self.init_from)
-        self._initialised = True
+        self._has_weights = True
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever weights are loaded, those of ``init_from`` do not replace them."""
+        self._has_weights = True
+        return super().load_state_dict(*args, **kwargs)
 
     def on_train_start(self) -> None:
         """Try the first batch before any step is taken, so that bad input is refused at once."""
         self._all_finite = None
         batch = self.stream.peek()
-        # Not compiled: the shape of a trial is not that of training.
-        eager = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), self.in_eval_mode(), eager, self.trainer.precision_plugin.forward_context():
+        # Not compiled, as the shape of a trial is not that of training; but for blocks, whose attention must be.
+        stance = torch.compiler.set_stance("force_eager" if self.block_size is None else "default")
+        with torch.no_grad(), self.in_eval_mode(), stance, self.trainer.precision_plugin.forward_context():
             self.preflight(batch)
         # Only now: Lightning clears all gradients while it sets up.
         self._restore_gradients()
@@ -227,7 +246,8 @@ class StreamedModule(pl.LightningModule):
             return
         trainer = self.trainer
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        in_flight = progress.ready > progress.processed
+        # A resumed run that has not begun yet still has the numbers of a step that was not finished.
+        in_flight = progress.ready > progress.processed and self.stream.yielded is not None
         state: dict[str, Any] = {
             "stream": self.stream.snapshot(in_flight),
             "gradients": self._partial_gradients(in_flight),
@@ -248,6 +268,9 @@ class StreamedModule(pl.LightningModule):
 
     def _partial_gradients(self, in_flight: bool) -> dict[str, Tensor] | None:
         """Gradients of an accumulation window that a checkpoint falls into."""
+        if self._snapshots is not None:
+            waiting: dict[str, Tensor] | None = self._snapshots[self.global_rank]["gradients"]
+            return waiting  # to be restored
         loop = self.trainer.fit_loop
         if in_flight:
             partial_window = (loop.epoch_loop.batch_progress.current.ready - 1) % self.trainer.accumulate_grad_batches
@@ -277,7 +300,6 @@ class StreamedModule(pl.LightningModule):
         if self.strict_loading:
             check_weights(self, checkpoint.get("state_dict", {}), "the checkpoint")
             check_facts(self.facts(), checkpoint.get(CHECKPOINT_KEY, {}).get("facts", {}), "the checkpoint")
-        self._initialised = True
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         saved = checkpoint.get(CHECKPOINT_KEY)

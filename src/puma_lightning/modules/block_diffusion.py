@@ -37,7 +37,7 @@ class BlockDiffusion(MaskedDiffusion):
         sampler: How ``predict`` completes sequences: a ``BlockSampler``.
         optimizer: Called with the parameters.
         scheduler: Called with the optimizer and stepped every optimizer step; null for a constant rate.
-        init_from: Weights to start training from (not a resume): a checkpoint of a block, masked diffusion or
+        init_from: Weights to start from (not a resume): a checkpoint of a block, masked diffusion or
             autoregressive model, a folder with a Qwen2 model in safetensors, or its name on the Hugging Face hub.
         shifted: Whether the backbone predicts position i+1 at position i, as it does when it is initialised from
             an autoregressive model. The first position of a block is then predicted at the clean one before it.
@@ -135,6 +135,20 @@ class BlockDiffusion(MaskedDiffusion):
         super().setup(stage)
         if stage == "fit":
             self.trained_in = None
+
+    def load_weights(self, path: str) -> None:
+        """As for every model.
+
+        Raises:
+            ValueError: If it is to be judged, and was trained with a schedule of block sizes.
+        """
+        judging = self._trainer is not None and self.trainer.state.fn != "fit"
+        if judging and len(self.block_size.values) > 1:
+            raise ValueError(
+                f"init_from takes weights alone, not in which of the block sizes {self.block_size.values} they were "
+                "trained last: judge the checkpoint with --ckpt_path (ckpt_path=...) instead"
+            )
+        super().load_weights(path)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As for every model; and how far the curriculum has come."""

@@ -173,15 +173,6 @@ class GenerativeModule(StreamedModule):
         if logits.shape != expected:
             raise ValueError(f"the backbone must return logits (B, L, V) = {expected}, got {tuple(logits.shape)}")
 
-    def check_start(self, prompt_mask: Tensor) -> None:
-        """Check that a shifted model has a position to start from.
-
-        Raises:
-            ValueError: If position 0 of a sequence is not given.
-        """
-        if self.shifted:
-            check_first(prompt_mask)
-
     def check_eos(self, eos_id: int | None) -> int | None:
         """Return the token that ends an answer, or None if there is none.
 
@@ -277,7 +268,8 @@ class GenerativeModule(StreamedModule):
         """
         sampler = sampler or self.sampler
         self.check_sampler(sampler)
-        self.check_start(prompt_mask)
+        if self.shifted:
+            check_first(prompt_mask)
         xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
         with self.in_eval_mode():
             return self.complete(xt, sampler, generator)

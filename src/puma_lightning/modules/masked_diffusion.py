@@ -27,7 +27,7 @@ class MaskedDiffusion(GenerativeModule):
         sampler: How ``predict`` completes sequences.
         optimizer: Called with the parameters.
         scheduler: Called with the optimizer and stepped every optimizer step; null for a constant rate.
-        init_from: Weights to start training from (not a resume): a checkpoint of a diffusion or autoregressive
+        init_from: Weights to start from (not a resume): a checkpoint of a diffusion or autoregressive
             model, a folder with a Qwen2 model in safetensors, or its name on the Hugging Face hub.
         shifted: Whether the backbone predicts position i+1 at position i, as it does when it is initialised from
             an autoregressive model. Loss, policies and samplers see logits aligned with positions all the same.
