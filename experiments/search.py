@@ -1,4 +1,4 @@
-"""The search for the regime in which PUMA pays on 6x6 Sudoku: model, data, training, chain; the baseline tuned as hard.
+"""The search for the regime in which PUMA pays on 6x6 Sudoku: model, data, training, K; the baseline tuned as hard.
 
     python experiments/search.py --seeds 0
 
@@ -11,12 +11,11 @@ from dataclasses import replace
 from _comparison import Comparison, Drawn, main, title
 from _curves import curves
 from _runs import Point
-from _sudoku import RUNS, SOLVED, STAGES
+from _sudoku import RUNS, SOLVED
 from matplotlib.axes import Axes
 
 MODEL = "--model.init_args.backbone.init_args"
 LR = "--model.init_args.optimizer.init_args.lr"
-POLICY = "--model.init_args.forward_process.init_args.policy"
 DATA = "--data.init_args"
 
 
@@ -38,9 +37,7 @@ BOTH: dict[str, tuple[str, ...]] = {
     "9 clues": (f"{DATA}.clues", "9"),
     "14 clues": (f"{DATA}.clues", "14"),
     "100,000 puzzles": (f"{DATA}.num_train", "100000"),
-    "puzzle, then solution": (f"{DATA}.layout", "prompt_answer", f"{MODEL}.max_length", "72"),
 }
-PUMA_ALONE = {"K 12": (STAGES, "12"), "chains by margin": (POLICY, "Margin")}
 CPU = {name: RUNS["cpu"][name] for name in ("mdm", "puma_k6", "puma_k3")}
 ROWS = {"figure 5": ("mdm", "puma_k6"), "K 3": ("mdm", "puma_k3")}  # the baseline beside PUMA
 
@@ -55,8 +52,6 @@ def add(name: str, label: str, flags: tuple[str, ...]) -> str:
 
 for what, changes in BOTH.items():
     ROWS[what] = (add("mdm", what, changes), add("puma_k6", what, changes))
-for what, changes in PUMA_ALONE.items():
-    ROWS[what] = ("mdm", add("puma_k6", what, changes))
 
 
 def finals(metric: str) -> Drawn:

@@ -382,7 +382,7 @@ def test_runs_of_different_lengths_are_not_compared(runs, comparison):
 
 
 @pytest.mark.parametrize(
-    "name", ["beyond", "blocks", "figure1", "figure3", "figure4", "figure5", "search", "sudoku_9x9"]
+    "name", ["batch", "beyond", "blocks", "figure1", "figure3", "figure4", "figure5", "search", "sudoku_9x9"]
 )
 def test_every_config_of_an_experiment_is_there(name, monkeypatch):
     """And what a run starts from is a run of the same experiment."""
