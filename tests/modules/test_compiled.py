@@ -75,6 +75,7 @@ def test_nothing_is_compiled_after_the_first_validation(model, large):
     assert len(set(compilations.masked)) > 5
     if not blocks:
         assert set(compilations.rows) == {4, 2}
-    assert compilations.before[0] == 0  # the trial of the first batch has another shape
+    if not blocks:
+        assert compilations.before[0] == 0  # the trial of the first batch has another shape
     assert compilations.seen[0] > 0
     assert compilations.seen == compilations.seen[:1] * 4
