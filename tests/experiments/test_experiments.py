@@ -427,7 +427,7 @@ def test_orders_agree_with_themselves_and_not_with_their_reverse(figure3):
     assert figure3.agreement(order, half, prompt) == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["beyond", "blocks", "figure1", "figure4", "figure5", "sudoku_9x9"])
+@pytest.mark.parametrize("name", ["batch", "beyond", "blocks", "figure1", "figure4", "figure5", "sudoku_9x9"])
 def test_panels_show_what_some_run_logs(name, monkeypatch):
     """The names of the metrics are those that the samplers and metrics of the configs make."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
