@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed ## install, then train a small model
 	$(BIN)/puma fit --config configs/quickstart.yaml
 
 test: $(VENV)/.installed-test ## run the fast tests
-	$(BIN)/pytest -n auto --maxprocesses 8
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/ruff check .
