@@ -20,7 +20,7 @@ FROM_AR = ("mdm_from_ar", "puma_from_ar")
 def comparison(scale: str) -> Comparison:
     """The five ways to train, and their ends under every policy of ``policies_text.yaml``.
 
-    On a CPU those from the autoregressive model for longer instead, and judged on more problems.
+    On a CPU no policies, but those from the autoregressive model also for longer, and judged on more problems.
     """
     folder = FOLDERS[scale]
     flags = short(500, 125) if scale == "cpu" else ()
