@@ -12,13 +12,15 @@ import _turns
 import torch
 from torch import Tensor
 
-from puma_lightning.forward_process import stratified_masking
-from puma_lightning.losses import masked_cross_entropy
+from puma_lightning.chain.blocks import join_blocks
+from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.student import BlockSampler, Sample, Sampler
+from puma_lightning.chain.teacher.random_masking import stratified_masking
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import BlockDiffusion
 from puma_lightning.modules.block_diffusion import CachedBlocks
-from puma_lightning.sampling import BlockSampler, Sample, Sampler
-from puma_lightning.unmasking import cut_blocks
+from puma_lightning.output.losses import masked_cross_entropy
+from puma_lightning.output.prediction import exclude_token
 
 ONE_PASS, LOOP = "one pass", "pass per block"
 CACHED, UNCACHED = "cached", "read again"
@@ -34,17 +36,16 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.0)
         generator = torch.Generator().manual_seed(1)
         self.x0 = torch.randint(args.vocab_size - 1, (args.batch_size, args.length), generator=generator)
-        rows = cut_blocks(self.x0, self.size)
-        given = torch.zeros_like(rows, dtype=torch.bool)
-        self.xt = stratified_masking(rows, given, self.module.mask_id, generator).view_as(self.x0)
+        given = torch.zeros_like(self.x0, dtype=torch.bool)
+        chains = Chains.fully_masked(self.x0, given, self.module.mask_id, block_size=self.size)
+        self.chains = stratified_masking(chains, generator)
+        self.xt = join_blocks(self.chains.xt, num_blocks)
         # Every block has something masked, so the loss is the mean over all of them.
-        self.count = len(rows)
+        self.count = len(chains.x0)
 
     def one_pass(self) -> Tensor:
         """As ``MaskedDiffusion.training_step`` does it; the loss of each block of each row."""
-        logits = cut_blocks(self.module.denoise(self.xt, self.x0, self.size), self.size)
-        masked = cut_blocks(self.xt == self.module.mask_id, self.size)
-        losses = masked_cross_entropy(logits, cut_blocks(self.x0, self.size), masked)
+        losses = masked_cross_entropy(self.module.denoise(self.chains), self.chains.x0, self.chains.masked)
         (losses.sum() / self.count).backward()
         return losses.detach().view(len(self.x0), -1)
 
@@ -55,7 +56,7 @@ class Training:
             end = start + self.size
             read = torch.cat([self.x0[:, :start], self.xt[:, start:end]], dim=1)
             hidden = self.module.backbone.hidden_states(read)  # type: ignore[operator]
-            logits = self.module.predictions(self.module.backbone.lm_head(hidden[:, start:]))  # type: ignore[operator]
+            logits = exclude_token(self.module.backbone.lm_head(hidden[:, start:]), self.module.mask_id)  # type: ignore[operator]
             losses = masked_cross_entropy(logits, self.x0[:, start:end], read[:, start:] == self.module.mask_id)
             (losses.sum() / self.count).backward()
             found.append(losses.detach())
@@ -89,8 +90,8 @@ class ReadAgain:
     def __call__(self, xt: Tensor) -> Tensor:
         rows = xt if self.finished is None else torch.cat([self.finished, xt], dim=1)
         hidden = self.module.backbone.hidden_states(rows, block_size=xt.shape[1])  # type: ignore[operator]
-        logits = self.module.backbone.lm_head(hidden[:, -xt.shape[1] :])  # type: ignore[operator]
-        return self.module.predictions(logits)
+        logits: Tensor = self.module.backbone.lm_head(hidden[:, -xt.shape[1] :])  # type: ignore[operator]
+        return logits
 
     def select(self, rows: Tensor) -> Any:
         chosen = copy.copy(self)

@@ -20,7 +20,7 @@ import torch
 
 from puma_lightning.cli import PumaCLI
 from puma_lightning.modules.base import StreamedModule
-from puma_lightning.sequences import CleanSequences
+from puma_lightning.training.sequences import CleanSequences
 
 OURS, TEXTBOOK = "ours", "textbook"
 SLOWEST_FIRST = {"median": "median", "min": "max", "max": "min"}  # a rate, and the time that it is of

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puma_lightning.output_layer import linear_cross_entropy, rows_per_chunk
+from puma_lightning.output.head import linear_cross_entropy, rows_per_chunk
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 

@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from puma_lightning.forward_process import ProgressiveUnmasking, Slots
-from puma_lightning.sequences import CleanSequences
-from puma_lightning.stream import Stream
-from puma_lightning.unmasking import Confidence, stage_of, target_count
+from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.policies import Confidence
+from puma_lightning.chain.stages import stage_of, target_count
+from puma_lightning.chain.teacher import ProgressiveUnmasking
+from puma_lightning.training.sequences import CleanSequences
+from puma_lightning.training.stream import Stream
 
 V = 11
 MASK = 10
@@ -191,12 +193,10 @@ def run_ours(setting: Setting, threshold: float | None, steps: int, seed: int, l
     stream = our_stream(setting, threshold, steps, seed)
     recorder = Recorder()
     for step, batch in enumerate(stream):
-        revealed = recorder.add(step, batch["input_ids"], batch["prompt_mask"], batch["xt"], batch["stage"][:, 0])
+        revealed = recorder.add(step, batch["input_ids"], batch["prompt_mask"], batch["xt"], batch["chains"].stage)
         log_probs = scripted_log_probs(batch["input_ids"], revealed)
         if step % 4 == 0:
-            slots = stream.groups[0]
-            assert slots is not None
-            lockstep.compare(slots, log_probs, seed + step)
+            lockstep.compare(batch["chains"], log_probs, seed + step)
         stream.advance(log_probs, step)
     return recorder.trace(stream.sequences.position)
 
@@ -230,16 +230,16 @@ class Lockstep:
         self.pool = published_pool(module, setting, threshold)
         self.counts = Counter[str]()
 
-    def compare(self, slots: Slots, log_probs: Tensor, seed: int) -> None:
+    def compare(self, chains: Chains, log_probs: Tensor, seed: int) -> None:
         pool, counts = self.pool, self.counts
-        pool.x0, pool.xt = slots.x0.clone(), slots.xt.clone()
-        answer = (~slots.prompt_mask).sum(1)
-        pool.state.update(phase=slots.stage.clone(), prompt_mask=slots.prompt_mask.clone(), L_eff=answer.clone())
-        refilled = slots.stage + 1 == pool.K
+        pool.x0, pool.xt = chains.x0.clone(), chains.xt.clone()
+        answer = chains.answer_length
+        pool.state.update(phase=chains.stage.clone(), prompt_mask=chains.prompt_mask.clone(), L_eff=answer.clone())
+        refilled = chains.stage + 1 == pool.K
 
         torch.manual_seed(seed)
         pool.update_with_logits(log_probs)
-        ours = self.process.advance(slots, log_probs, 0, MASK, torch.Generator().manual_seed(seed))
+        ours = self.process.advance(chains, log_probs, 0, torch.Generator().manual_seed(seed))
 
         counts["rows"] += len(answer)
         counts["rows refilled by the published code"] += int(refilled.sum())
@@ -253,12 +253,12 @@ class Lockstep:
         counts["fully revealed, not done in ours"] += int((full & ~ours.done).sum())
         other_count = kept & (published_masked.sum(1) != our_masked.sum(1))
         other_set = kept & ~other_count & (published_masked != our_masked).any(1)
-        tied = other_set & self._tied(slots.xt, log_probs, published_masked != our_masked)
+        tied = other_set & self._tied(chains.xt, log_probs, published_masked != our_masked)
         counts["another number revealed"] += int(other_count.sum())
         counts["another set of positions, scores tied"] += int(tied.sum())
         counts["another set of positions"] += int((other_set & ~tied).sum())
         counts["other stage"] += int((kept & ~other_count & (pool.state["phase"] != ours.stage)).sum())
-        untouched = torch.where(our_masked, MASK, slots.x0).equal(ours.xt)
+        untouched = torch.where(our_masked, MASK, chains.x0).equal(ours.xt)
         counts["revealed tokens that are not those of x0"] += 0 if untouched else 1
 
     @staticmethod
@@ -432,11 +432,10 @@ def check_ties(module: ModuleType, rows: int = 600) -> dict[str, Any]:
     x0, prompt_mask = sequences(np.arange(rows, dtype=np.uint64), setting)
     xt = torch.full_like(x0, MASK)
     scores = torch.zeros(rows, 12)
-    stage = torch.zeros(rows, dtype=torch.long)
     theirs = module.unmask_from_scores(scores, torch.ones(rows, dtype=torch.long), x0, xt)
-    slots = Slots(x0, prompt_mask, xt, stage, stage.bool(), 12)
+    chains = replace(Chains.fully_masked(x0, prompt_mask, MASK, 12), xt=xt)
     log_probs = torch.full((rows, 12, V), -math.log(MASK))
-    ours = ProgressiveUnmasking(12).advance(slots, log_probs, 0, MASK, torch.Generator().manual_seed(0)).xt
+    ours = ProgressiveUnmasking(12).advance(chains, log_probs, 0, torch.Generator().manual_seed(0)).xt
     del pool
 
     def distinct(new: Tensor) -> int:
@@ -469,7 +468,7 @@ def check_last_position(module: ModuleType, steps: int = 240) -> dict[str, dict[
             ids, counts = np.unique(trace.ids, return_counts=True)
             now = np.isin(ids, trace.ids[trace.step == steps - 1])
             row[who] = {
-                "slots": setting.batch_size,
+                "chains": setting.batch_size,
                 "slots_held_for_5K_steps": int((now & (counts > 5 * setting.num_stages)).sum()),
                 "longest_chain": int(counts.max()),
             }

@@ -17,9 +17,9 @@ import _turns
 import torch
 from torch import Tensor
 
+from puma_lightning.chain.student import Sampler
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import MaskedDiffusion
-from puma_lightning.sampling import Sampler
 
 OURS, TEXTBOOK, PUBLISHED = "ours", "textbook", "published"
 PRECISIONS = {"32": None, "bf16": torch.bfloat16}

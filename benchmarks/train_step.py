@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
+from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking, RandomMasking
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import MaskedDiffusion
-from puma_lightning.sequences import CleanSequences
-from puma_lightning.stream import Stream
+from puma_lightning.training.loading import StreamLoading
+from puma_lightning.training.sequences import CleanSequences
+from puma_lightning.training.stream import Stream
 
 BASELINE = "RandomMasking"
 PUMA, THRESHOLD = "PUMA", "PUMA tau=0.9"
@@ -190,13 +191,19 @@ class InTurnModule(MaskedDiffusion):
         self.processes = processes
         self.rounds = rounds
 
-    def _build_stream(self, loader: Any, seed: int) -> Any:
+        self.loading = InTurnLoading()
+
+
+class InTurnLoading(StreamLoading):
+    """Builds one stream for each forward process."""
+
+    def build(self, module: Any, seed: int, loader: Any) -> Any:
         streams = {}
-        for name, process in self.processes.items():
-            self.forward_process = process
-            streams[name] = super()._build_stream(loader, seed)
-        self.in_turn = InTurn(self, streams, self.rounds)
-        return self.in_turn
+        for name, process in module.processes.items():
+            module.forward_process = process
+            streams[name] = super().build(module, seed, loader)
+        module.in_turn = InTurn(module, streams, module.rounds)
+        return module.in_turn
 
 
 class Stopwatch(pl.Callback):

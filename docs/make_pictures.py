@@ -12,9 +12,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from puma_lightning.forward_process import ProgressiveUnmasking, Slots
+from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.policies import Confidence
+from puma_lightning.chain.reveal import reveal_at_random
+from puma_lightning.chain.teacher import ProgressiveUnmasking
 from puma_lightning.sudoku import geometry, solve
-from puma_lightning.unmasking import Confidence, reveal_at_random
 
 PUZZLE = "520000006000050100100000063200210640"
 ORDER, MASK_ID, NUM_STAGES = 6, 7, 6
@@ -38,13 +40,11 @@ def chain(x0: Tensor, prompt_mask: Tensor) -> list[Tensor]:
     """What the teacher's chain visits, one board a stage."""
     generator = torch.Generator().manual_seed(SEED)
     process = ProgressiveUnmasking(num_stages=NUM_STAGES, policy=Confidence())
-    stage, done = torch.tensor([0]), torch.tensor([False])
-    xt = process.start(x0, prompt_mask, stage, NUM_STAGES, MASK_ID, generator)
-    slots = Slots(x0, prompt_mask, xt, stage, done, NUM_STAGES)
+    chains = process.start(Chains.fully_masked(x0, prompt_mask, MASK_ID, NUM_STAGES), generator)
     boards = []
-    while not slots.done.all():
-        boards.append(slots.xt)
-        slots = process.advance(slots, candidates(slots.xt), step=0, mask_id=MASK_ID, generator=generator)
+    while not chains.done.all():
+        boards.append(chains.xt)
+        chains = process.advance(chains, candidates(chains.xt), step=0, generator=generator)
     return boards
 
 
@@ -79,7 +79,8 @@ def draw_picture() -> Figure:
 
     generator = torch.Generator().manual_seed(SEED)
     counts = torch.tensor(revealed)[:, None]
-    random_boards = [reveal_at_random(x0, prompt_mask, count, MASK_ID, generator) for count in counts]
+    blank = x0.masked_fill(~prompt_mask, MASK_ID)
+    random_boards = [reveal_at_random(blank, x0, count, MASK_ID, generator) for count in counts]
     first_seen = torch.stack([board[0] == MASK_ID for board in boards]).sum(0)
     stage_colors = [STAGES[stage] for stage in first_seen.clamp_max(NUM_STAGES - 1).tolist()]
 

@@ -215,8 +215,8 @@ def rightmost_first(logits: torch.Tensor, xt: torch.Tensor) -> torch.Tensor:
     return torch.arange(xt.shape[1]).expand(xt.shape).float()
 
 class MaskEverything(ForwardProcess):
-    def start(self, x0, prompt_mask, stage, num_stages, mask_id, generator=None):
-        return x0.masked_fill(~prompt_mask, mask_id)
+    def start(self, chains, generator=None):
+        return chains
 
 class Bag(torch.nn.Module):
     def __init__(self, vocab_size: int, width: int = 8):

@@ -7,20 +7,25 @@ from puma_lightning.callbacks import (
     StepProgressBar,
     UnmaskingTrajectory,
 )
+from puma_lightning.chain.policies import Confidence, Entropy, LeftToRight, Margin, Policy, RandomOrder
+from puma_lightning.chain.reveal import reveal
+from puma_lightning.chain.student import BlockSampler, LeftToRightSampler, Sample, Sampler
+from puma_lightning.chain.teacher import (
+    ForwardProcess,
+    MixedMasking,
+    ProgressiveUnmasking,
+    RandomMasking,
+    SelfAlignedMasking,
+)
 from puma_lightning.data.sudoku import SudokuDataModule
 from puma_lightning.data.text import TextDataModule
 from puma_lightning.data.tinygsm import TinyGSMDataModule
 from puma_lightning.data.words import WordProblemsDataModule
-from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
 from puma_lightning.metrics.programs import ProgramAccuracy
 from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved
-from puma_lightning.mixed_masking import MixedMasking
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import AutoregressiveLM, BlockDiffusion, MaskedDiffusion
-from puma_lightning.optim import WarmupCosine
-from puma_lightning.sampling import BlockSampler, LeftToRightSampler, Sample, Sampler
-from puma_lightning.self_aligned import SelfAlignedMasking
-from puma_lightning.unmasking import Confidence, Entropy, LeftToRight, Margin, Policy, RandomOrder, reveal
+from puma_lightning.training.optim import WarmupCosine
 
 __version__ = "0.1.0"
 

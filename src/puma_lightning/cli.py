@@ -12,8 +12,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import puma_lightning
 from puma_lightning.callbacks import GenerationEvaluation, PredictionWriter, StepProgressBar, UnmaskingTrajectory
-from puma_lightning.checkpoints import load_checkpoint
 from puma_lightning.modules.base import StreamedModule
+from puma_lightning.training.weights import load_checkpoint
 
 # Lightning's own command line calls these; its users can do nothing about it.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

@@ -86,7 +86,7 @@ def test_the_textbooks_step_is_ours(train_step, monkeypatch, large):
     module = train_step.MaskedDiffusion(backbone, shape.vocab_size - 1)
     module.large_vocabulary = large
     weights = torch.full((shape.batch_size,), 1 / shape.batch_size)
-    module.loss(batch["xt"], batch["input_ids"], shape.length, weights)[0].backward()
+    module.loss(batch["chains"], weights)[0].backward()
     gradients = [[p.grad for p in net.parameters()] for net in (textbook.backbone, backbone)]
     torch.testing.assert_close(*gradients)
 

@@ -34,14 +34,14 @@ def rows(number: int = 64):
 
 
 class Steps(Callback):
-    """The loss of every step, and the boards."""
+    """The loss of every step, and its chains."""
 
     def __init__(self):
         self.losses, self.batches = [], []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))
-        self.batches.append({name: value.clone() for name, value in batch.items()})
+        self.batches.append({**batch, "chains": batch["chains"].map(torch.clone)})
 
 
 def run(

@@ -92,7 +92,7 @@ def test_padding_is_cut_off_and_another_vocabulary_refused(tmp_path, caplog, mon
     with torch.no_grad():
         got, expected = ours.backbone(tokens().clamp_max(V - 4)), theirs(tokens().clamp_max(V - 4)).logits
         torch.testing.assert_close(got, expected[..., : V - 3], atol=1e-4, rtol=1e-4)
-    monkeypatch.setattr("puma_lightning.checkpoints.MAX_PADDING", 2)
+    monkeypatch.setattr("puma_lightning.training.weights.MAX_PADDING", 2)
     with pytest.raises(ValueError, match=r"rows for 40 tokens.*vocabulary has 37.*tokenizer"):
         causal_lm(vocab_size=V - 3).load_weights(str(tmp_path))
 

@@ -17,7 +17,7 @@ from puma_lightning import (
     Sampler,
     TransformerBackbone,
 )
-from puma_lightning.losses import trained_positions
+from puma_lightning.output.losses import trained_positions
 
 V, MASK, EOS, LENGTH = 12, 11, 0, 10
 SMALL = dict(hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, max_length=32)
@@ -209,9 +209,9 @@ class TestSampling:
 
     def test_each_model_asks_for_its_own_sampler(self):
         x0, prompt = self.batch(0)
-        with pytest.raises(ValueError, match="with a LeftToRightSampler, got a Sampler"):
+        with pytest.raises(ValueError, match="a LeftToRightSampler for AutoregressiveLM, got a Sampler"):
             AutoregressiveLM(backbone(), MASK, EOS).sample(x0, prompt, Sampler())
-        with pytest.raises(ValueError, match="with a Sampler, got a LeftToRightSampler"):
+        with pytest.raises(ValueError, match="a Sampler for MaskedDiffusion, got a LeftToRightSampler"):
             MaskedDiffusion(backbone(causal=False), MASK).sample(x0, prompt, LeftToRightSampler())
 
 
@@ -354,7 +354,11 @@ class TestInitialisation:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(dict(eos_id=MASK), "eos_id must be"), (dict(eos_id=V), "eos_id must be"), (dict(mask_id=V), "mask_id must be")],
+    [
+        (dict(eos_id=MASK), "eos_id: expected"),
+        (dict(eos_id=V), "eos_id: expected"),
+        (dict(mask_id=V), "mask_id: expected"),
+    ],
 )
 def test_impossible_ids(options, message):
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import lightning.pytorch as pl
@@ -27,10 +28,12 @@ from puma_lightning import (
     TransformerBackbone,
     UnmaskingTrajectory,
 )
-from puma_lightning.losses import masked_cross_entropy
+from puma_lightning.chain.blocks import cut_blocks
+from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.student import Sample
 from puma_lightning.modules.block_diffusion import CachedBlocks
-from puma_lightning.sampling import Sample
-from puma_lightning.unmasking import exclude_token
+from puma_lightning.output.losses import masked_cross_entropy
+from puma_lightning.output.prediction import exclude_token
 
 V, MASK, EOS, LENGTH = 12, 11, 0, 12
 SMALL = dict(hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, max_length=32)
@@ -151,9 +154,8 @@ def test_one_block_as_long_as_the_sequence_is_masked_diffusion(tmp_path, process
         run = trainer(tmp_path, max_steps=8, callbacks=[losses], limit_val_batches=2)
         data = DataLoader(rows(), batch_size=4, shuffle=True)
         run.fit(model, data, DataLoader(rows(seed=1), batch_size=8))
-        results.append(
-            (losses.values, run.callback_metrics["val/loss"].item(), model.denoise(xt, sequences(3), LENGTH))
-        )
+        chains = replace(Chains.fully_masked(sequences(3), torch.zeros_like(xt).bool(), MASK), xt=xt)
+        results.append((losses.values, run.callback_metrics["val/loss"].item(), model.denoise(chains)))
     (losses, nelbo, logits), (block_losses, block_nelbo, block_logits) = results
     assert block_losses == pytest.approx(losses, rel=1e-6)
     assert block_nelbo == pytest.approx(nelbo, rel=1e-6)
@@ -234,7 +236,7 @@ class Recorded(CachedBlocks):
         self.logits = []
 
     def __call__(self, xt):
-        self.logits.append(super().__call__(xt))
+        self.logits.append(exclude_token(super().__call__(xt), MASK))
         return self.logits[-1]
 
 
@@ -401,9 +403,9 @@ class ToyReader:
 
 def test_the_boards_of_the_teacher_are_those_of_the_student():
     """Per block, the distribution of (clean blocks before, xt) at every number revealed, for a perfect model."""
-    from puma_lightning.schedule import StepSchedule
-    from puma_lightning.sequences import CleanSequences
-    from puma_lightning.stream import Stream
+    from puma_lightning.chain.stages import StepSchedule
+    from puma_lightning.training.sequences import CleanSequences
+    from puma_lightning.training.stream import Stream
 
     toy = Toy()
     given_ = torch.zeros(6, dtype=torch.bool)
@@ -425,7 +427,8 @@ def test_the_boards_of_the_teacher_are_those_of_the_student():
                     shown = (*clean[: 3 * block], *part)
                     known = boards.setdefault((block, 3 - part.count(toy.mask)), {})
                     assert known.setdefault(tuple(clean), shown) == shown
-        stream.advance(torch.cat([toy.logits(x0[:, : 3 * b], xt[:, 3 * b : 3 * b + 3]) for b in (0, 1)], 1), step)
+        logits = torch.cat([toy.logits(x0[:, : 3 * b], xt[:, 3 * b : 3 * b + 3]) for b in (0, 1)], 1)
+        stream.advance(cut_blocks(logits, 3), step)
 
     number = 60_000
     reader = ToyReader(toy, number)
@@ -461,7 +464,7 @@ def test_it_trains_with_a_curriculum_and_its_checkpoint_knows_how_far_it_came(tm
 
     class Sizes(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            sizes.append(LENGTH // batch["stage"].shape[1])
+            sizes.append(batch["chains"].x0.shape[1])
             assert (
                 (batch["xt"] == MASK).view(4, -1, sizes[-1]).any(2) | batch["prompt_mask"].view(4, -1, sizes[-1]).all(2)
             ).any()
@@ -489,8 +492,8 @@ def test_validation_is_in_the_blocks_trained_in_last(tmp_path):
     """At the step of a switch too, when no batch of the new size has been seen."""
     model = block_model([[0, 2], [2, 12]], scheduler=None)
     asked = []
-    model.denoise = lambda xt, x0, size: (
-        asked.append((model.training, size)) or type(model).denoise(model, xt, x0, size)
+    model.denoise = lambda chains: (
+        asked.append((model.training, chains.x0.shape[1])) or type(model).denoise(model, chains)
     )
     data = DataLoader(rows(), batch_size=4)
     trainer(tmp_path, max_steps=6, val_check_interval=1, limit_val_batches=1, num_sanity_val_steps=0).fit(
@@ -508,9 +511,9 @@ def test_checkpoints_of_block_models_and_others_are_not_taken_for_each_other(tmp
         run = trainer(tmp_path, max_steps=1)
         run.fit(model, data)
         run.save_checkpoint(tmp_path / f"{name}.ckpt")
-    with pytest.raises(ValueError, match="of a block model and this MaskedDiffusion is none"):
+    with pytest.raises(ValueError, match="without blocks, which MaskedDiffusion is, got one of a block model"):
         trainer(tmp_path).fit(models["whole"], data, ckpt_path=tmp_path / "blocks.ckpt")
-    with pytest.raises(ValueError, match="of none and this BlockDiffusion is a block model"):
+    with pytest.raises(ValueError, match="which BlockDiffusion is, got one of a model without blocks"):
         trainer(tmp_path).validate(models["blocks"], data, ckpt_path=tmp_path / "whole.ckpt")
 
 
@@ -592,8 +595,8 @@ class OwnBackbone(nn.Module):
     "change, words",
     [
         (dict(block_size=0), "at least 1"),
-        (dict(block_size=[[0, 6], [10, 3]]), "must increase"),
-        (dict(block_size=[[0, 3], [10, 4], [10, 6]]), "must increase"),
+        (dict(block_size=[[0, 6], [10, 3]]), "that increase"),
+        (dict(block_size=[[0, 3], [10, 4], [10, 6]]), "that increase"),
         (dict(block_size=[[5, 3]]), "first step"),
         (dict(block_size=4, sampler=Sampler()), "within"),
         (dict(block_size=4, eos_id=MASK), "eos_id"),
@@ -610,7 +613,7 @@ def test_impossible_settings_are_refused(change, words):
 def test_blocks_that_do_not_fill_the_sequence_are_refused_before_training(tmp_path, size):
     model, losses = block_model(size), Losses()
     with pytest.raises(
-        ValueError, match=r"must divide the sequence length 12, got (5|24); choose among 1, 2, 3, 4, 6, 12"
+        ValueError, match=r"a divisor of the sequence length 12, got (5|24); choose among 1, 2, 3, 4, 6, 12"
     ):
         trainer(tmp_path, callbacks=[losses]).fit(model, DataLoader(rows(), batch_size=4))
     assert not losses.values
@@ -618,9 +621,9 @@ def test_blocks_that_do_not_fill_the_sequence_are_refused_before_training(tmp_pa
 
 def test_the_sampler_of_the_whole_canvas_is_refused_by_name(tmp_path):
     model = block_model(4)
-    with pytest.raises(ValueError, match="BlockDiffusion is sampled from with a BlockSampler, got a Sampler"):
+    with pytest.raises(ValueError, match="a BlockSampler for BlockDiffusion, got a Sampler"):
         model.sample(sequences(1), torch.ones(1, LENGTH, dtype=torch.bool), Sampler())
-    with pytest.raises(ValueError, match="MaskedDiffusion is sampled from with a Sampler, got a BlockSampler"):
+    with pytest.raises(ValueError, match="a Sampler for MaskedDiffusion, got a BlockSampler"):
         MaskedDiffusion(backbone(), MASK).sample(sequences(1), torch.ones(1, LENGTH).bool(), BlockSampler())
     losses = Losses()
     evaluation = GenerationEvaluation({"cells": CellAccuracy()}, [Sampler()])
@@ -629,7 +632,7 @@ def test_the_sampler_of_the_whole_canvas_is_refused_by_name(tmp_path):
     assert not losses.values
 
 
-@pytest.mark.parametrize("length, words", [(30, "must divide"), (64, "max_length 32"), (0, "at least 1")])
+@pytest.mark.parametrize("length, words", [(30, "a divisor of"), (64, "max_length 32"), (0, "at least 1")])
 def test_an_impossible_length_is_refused(length, words):
     with pytest.raises(ValueError, match=words):
         block_model(4).sample(sequences(1), (torch.arange(LENGTH) < 2)[None], BlockSampler(length=length))

@@ -139,7 +139,7 @@ def test_weights_of_positions_are_exact_in_half_precision(large, monkeypatch):
     monkeypatch.setattr(GenerativeModule, "large_vocabulary", 1 if large else None)
     model = MaskedDiffusion(backbone(), MASK, RandomMasking())
     given = []
-    model.loss = lambda xt, x0, size, weights, *rest: given.append(weights) or (weights.sum(), xt)
+    model.loss = lambda chains, weights, *rest: given.append(weights) or (weights.sum(), chains.xt)
     x0 = torch.ones(24, 139, dtype=torch.long)
     torch.set_default_dtype(torch.bfloat16)
     try:

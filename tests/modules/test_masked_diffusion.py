@@ -13,12 +13,12 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, RandomMasking
-from puma_lightning.losses import masked_cross_entropy
+from puma_lightning.chain.student import Sampler
+from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking, RandomMasking
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import MaskedDiffusion
-from puma_lightning.optim import WarmupCosine
-from puma_lightning.sampling import Sampler
+from puma_lightning.output.losses import masked_cross_entropy
+from puma_lightning.training.optim import WarmupCosine
 
 V = 6
 MASK = V - 1
@@ -367,8 +367,8 @@ def not_a_number(logits: Tensor, xt: Tensor) -> Tensor:
 
 def test_a_policy_of_another_shape_or_nan_is_refused():
     """By name, whether it trains or samples."""
-    refused(model(ProgressiveUnmasking(3, wrong_shape)), r"wrong_shape.*\(B, L\) = \(4, 8\), got \(4,\)")
-    refused(model(ProgressiveUnmasking(3, not_a_number)), "not_a_number.*NaN")
+    refused(model(ProgressiveUnmasking(3, wrong_shape)), r"\(B, L\) = \(4, 8\), got \(4,\) from .*wrong_shape")
+    refused(model(ProgressiveUnmasking(3, not_a_number)), "NaN from .*not_a_number")
     refused(model(sampler=Sampler(wrong_shape)), "wrong_shape")
 
 
@@ -389,23 +389,23 @@ def test_logits_of_another_shape_are_refused():
 
 def test_a_backbone_needs_vocab_size():
     """When the module is made."""
-    with pytest.raises(ValueError, match=r"Linear.*vocab_size"):
+    with pytest.raises(ValueError, match=r"vocab_size.* from Linear"):
         MaskedDiffusion(nn.Linear(2, 2), 1)
 
 
 @pytest.mark.parametrize("mask_id", [-1, V, 100])
 def test_the_mask_token_must_be_in_the_vocabulary(mask_id):
     """When the module is made."""
-    with pytest.raises(ValueError, match=rf"mask_id must be in 0\.\.{V - 1}.*got {mask_id}"):
+    with pytest.raises(ValueError, match=rf"mask_id: expected a token in 0\.\.{V - 1}.*got {mask_id}"):
         MaskedDiffusion(OwnBackbone(), mask_id)
 
 
-def test_there_must_be_a_sequence_for_every_slot():
+def test_there_must_be_a_sequence_for_every_row():
     """Batch size times accumulation is the number of slots."""
-    refused(model(), "24 sequences.*28 slots", loader(batch_size=28))
+    refused(model(), "28 training sequences.* got 24", loader(batch_size=28))
     refused(
         model(),
-        "24 sequences.*32 slots .batch size 8 x accumulation 4",
+        "32 training sequences.*batch size 8 x accumulation 4.* got 24",
         loader(batch_size=8),
         accumulate_grad_batches=4,
     )
@@ -457,7 +457,7 @@ def test_a_nan_loss_stops_the_run_before_it_reaches_the_weights(tmp_path, accumu
 
 def test_a_nan_loss_without_a_checkpoint_says_so():
     """There is nothing to go on from."""
-    with pytest.raises(ValueError, match=r"step 2; .*nothing was saved yet"):
+    with pytest.raises(ValueError, match=r"step 2; .*there is none yet"):
         trainer().fit(model(backbone=TurnsBad(2)), loader())
 
 
@@ -556,12 +556,12 @@ def test_a_second_fit_has_an_order_of_its_own_and_another_model_the_same_as_the_
 
 @pytest.mark.parametrize("bad", [0, 1])
 def test_all_processes_stop_if_the_loss_of_one_is_not_finite(bad, monkeypatch):
-    """When a checkpoint is saved: whoever stopped alone would leave the others waiting for its slots."""
+    """When a checkpoint is saved: whoever stopped alone would leave the others waiting for its chains."""
     made = model()
     run = trainer(max_steps=2)
     run.fit(made, loader())
     if bad == 0:
-        made._all_finite = torch.tensor(False)
+        made.finite._finite = torch.tensor(False)
     gathered = []
 
     def gather(states: list[Any], state: dict[str, Any]) -> None:
@@ -583,7 +583,7 @@ def test_a_process_stops_with_another_whose_loss_is_not_finite(monkeypatch):
     monkeypatch.setattr(type(run), "world_size", 2)
     monkeypatch.setattr(run.strategy, "reduce_boolean_decision", lambda finite: False)
     with pytest.raises(ValueError, match="not finite"):
-        made.check_finite(torch.tensor(1.0))
+        made.finite.observe(torch.tensor(1.0), run)
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "32-true"])

@@ -7,15 +7,17 @@ distributions agree to rounding or they don't.
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from puma_lightning.forward_process import ProgressiveUnmasking, Slots
-from puma_lightning.losses import masked_cross_entropy
-from puma_lightning.unmasking import Confidence, Entropy, LeftToRight, Margin, RandomOrder, reveal
+from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.policies import Confidence, Entropy, LeftToRight, Margin, RandomOrder
+from puma_lightning.chain.reveal import reveal
+from puma_lightning.chain.teacher import ProgressiveUnmasking
+from puma_lightning.output.losses import masked_cross_entropy
 
 LENGTH = 3
 EXACT = 1e-12
@@ -123,8 +125,8 @@ class Chain:
         prompt[:, : toy.given] = True
         x0, prompt, number, weight = map(self.copied, (toy.x0, prompt, number, toy.p))
         stage = torch.zeros(len(x0), dtype=torch.long)
-        xt = process.start(x0, prompt, stage, self.num_stages, toy.mask_id)
-        self.state = self.collected(number, xt, stage, stage, weight)
+        chains = process.start(Chains.fully_masked(x0, prompt, toy.mask_id, self.num_stages, stage))
+        self.state = self.collected(number, chains.xt, stage, stage, weight)
 
     def copied(self, values: Tensor) -> Tensor:
         return values.repeat_interleave(self.every.copies, 0)
@@ -165,15 +167,15 @@ class Chain:
         chosen = torch.stack([each[:, i, self.toy.x0[:, i]] for i in range(LENGTH)])
         return chosen.prod(0)
 
-    def move(self, number: Tensor, xt: Tensor, stage: Tensor) -> tuple[Slots, Tensor]:
-        x0, boards = self.toy.x0[number], self.toy.xt[xt]
+    def move(self, number: Tensor, xt: Tensor, stage: Tensor) -> tuple[Chains, Tensor]:
+        x0, mask_id = self.toy.x0[number], self.toy.mask_id
         prompt = torch.zeros_like(x0, dtype=torch.bool)
         prompt[:, : self.toy.given] = True
         process = self.process
         if self.peeking is not None:
-            process = ProgressiveUnmasking(self.num_stages, lambda *_: self.peeking(x0), process.threshold)
-        slots = Slots(x0, prompt, boards, stage, torch.zeros(len(x0), dtype=torch.bool), self.num_stages)
-        moved = process.advance(slots, self.table[xt], 0, self.toy.mask_id)
+            process = ProgressiveUnmasking(self.num_stages, lambda *_: self.peeking(x0), process.unmasking.threshold)
+        chains = replace(Chains.fully_masked(x0, prompt, mask_id, self.num_stages, stage), xt=self.toy.xt[xt])
+        moved = process.advance(chains, self.table[xt], 0)
         return moved, moved.done
 
     def boards(self) -> Tensor:

@@ -28,7 +28,10 @@ def test_an_old_checkpoint_resumes_to_the_same_losses_and_weights(tmp_path, name
     (run,) = (tmp_path / "runs").rglob("version_0")
     losses = make.logged_losses(run)
     assert list(losses) == list(expected["losses"])
-    if (torch.__version__.split("+")[0], torch.backends.cpu.get_cpu_capability()) == (expected["torch"], expected["cpu"]):
+    if (torch.__version__.split("+")[0], torch.backends.cpu.get_cpu_capability()) == (
+        expected["torch"],
+        expected["cpu"],
+    ):
         assert losses == expected["losses"]
         assert make.fingerprint(run / "checkpoints" / "last.ckpt") == expected["weights"]
     else:

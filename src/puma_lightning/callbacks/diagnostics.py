@@ -12,12 +12,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from puma_lightning.callbacks.pictures import save_picture
-from puma_lightning.forward_process import Slots
-from puma_lightning.losses import negative_log_likelihood
+from puma_lightning.chain.blocks import cut_blocks
+from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.step import Unmasking
+from puma_lightning.chain.student import AnySampler
 from puma_lightning.modules.masked_diffusion import MaskedDiffusion
+from puma_lightning.output.losses import negative_log_likelihood
+from puma_lightning.output.prediction import Prediction
 from puma_lightning.plots import draw_chains
-from puma_lightning.sampling import AnySampler
-from puma_lightning.unmasking import Confidence, Prediction, cut_blocks, score
 
 
 class ChainDiagnostics(Callback):
@@ -53,8 +55,7 @@ class ChainDiagnostics(Callback):
         self.history: list[dict[str, float]] = []
         self._sums: dict[str, Tensor] = {}
         self._ages: dict[int, Tensor] = {}
-        self._threshold: float | None = None
-        self._mask_id = -1
+        self._unmasking: Unmasking | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the stream."""
@@ -62,21 +63,20 @@ class ChainDiagnostics(Callback):
             raise ValueError(f"ChainDiagnostics needs a diffusion model, got {type(pl_module).__name__}")
         self.history = [past for past in self.history if past["step"] <= trainer.global_step]
         self._sums, self._ages = {}, {}
-        self._threshold = getattr(pl_module.forward_process, "threshold", None)
-        self._mask_id = pl_module.mask_id
+        self._unmasking = pl_module.forward_process.unmasking
         pl_module.stream.observers.append(self._observe)
 
-    def _observe(self, group: int, before: Slots, predictions: Tensor | Prediction, after: Slots) -> None:
+    def _observe(self, group: int, before: Chains, predictions: Tensor | Prediction, after: Chains) -> None:
         """Add up what a step did; sums stay on the device."""
         running = ~before.done
-        masked = before.xt == self._mask_id
+        masked = before.masked
         if isinstance(predictions, Tensor):
             nll = negative_log_likelihood(predictions, before.x0)
         else:
             assert predictions.nll is not None
             nll = predictions.nll
         loss = (nll * masked).sum(1) / masked.sum(1).clamp_min(1)
-        length = (~before.prompt_mask).sum(1)
+        length = before.answer_length
         part = (length - masked.sum(1)) * self.num_parts // length.clamp_min(1)
         part = part.clamp_max(self.num_parts - 1)  # of chains that are done, which don't count
         counted = running & masked.any(1)
@@ -84,10 +84,9 @@ class ChainDiagnostics(Callback):
             self._add(name, values.new_zeros(self.num_parts).index_add(0, part, values))
 
         goes_on = running & ~after.done
-        revealed = masked & (after.xt != self._mask_id) & goes_on[:, None]
-        confident = torch.zeros_like(masked)
-        if self._threshold is not None:
-            confident = score(Confidence(), predictions, before.xt) > self._threshold
+        revealed = masked & ~after.masked & goes_on[:, None]
+        above = None if self._unmasking is None else self._unmasking.above_threshold(predictions, before.xt)
+        confident = torch.zeros_like(masked) if above is None else above
         self._add("by_count", (revealed & ~confident).sum().float())
         self._add("by_threshold", (revealed & confident).sum().float())
         self._add("steps", goes_on.sum().float())
@@ -141,18 +140,17 @@ class ChainDiagnostics(Callback):
         self.path = save_picture(trainer, "chains", self.draw) or self.path
 
     def _agreement(self, trainer: pl.Trainer, module: MaskedDiffusion) -> tuple[Tensor, Tensor]:
-        """See ``agreement``, of the boards that are trained on next."""
+        """See ``agreement``, for the sequences that are trained on next."""
         batch = module.stream.peek()
-        # Spread evenly: neighbouring slots may be at the same stage for ever.
+        # Spread evenly: neighbouring rows may be at the same stage for ever.
         size = len(batch["xt"])
         rows = torch.linspace(0, size - 1, min(size, self.num_sequences), device=module.device).long()
-        batch = {name: values[rows] for name, values in batch.items()}
-        x0, prompt_mask = batch["input_ids"], batch["prompt_mask"]
+        x0, prompt_mask = batch["input_ids"][rows], batch["prompt_mask"][rows]
         with trainer.precision_plugin.forward_context():
             sample = module.sample(x0, prompt_mask, self.sampler, module.evaluation_generator(0, 0))
-        cut = partial(cut_blocks, block_size=module.block_size_of(batch))
-        reveal_step = sample.reveal_step[:, : x0.shape[1]]
-        return agreement(cut(batch["xt"] == module.mask_id), cut(prompt_mask), cut(reveal_step))
+        cut = partial(cut_blocks, block_size=batch["chains"].x0.shape[1])
+        masked, reveal_step = batch["xt"][rows] == module.mask_id, sample.reveal_step[:, : x0.shape[1]]
+        return agreement(cut(masked), cut(prompt_mask), cut(reveal_step))
 
     def draw(self) -> Figure:
         """The picture of the validations seen so far."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, SumMetric
 
+from puma_lightning.chain.student import AnySampler, Sample
 from puma_lightning.data.base import Batch
 from puma_lightning.modules.generative import GenerativeModule, loader_suffix
-from puma_lightning.sampling import AnySampler, Sample
 
 # What a metric's update can ask for, by name.
 GIVEN = ("tokens", "input_ids", "prompt_mask", "completions", "answers")

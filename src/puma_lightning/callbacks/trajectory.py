@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
 
 from puma_lightning.callbacks.pictures import save_picture
+from puma_lightning.chain.student import AnySampler
 from puma_lightning.modules.generative import GenerativeModule
 from puma_lightning.plots import draw_reveal_order
-from puma_lightning.sampling import AnySampler
 
 
 class UnmaskingTrajectory(Callback):

@@ -7,15 +7,16 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from puma_lightning.chain.student import LeftToRightSampler, Sample
+from puma_lightning.chain.teacher import NoMasking
 from puma_lightning.data.base import Batch
-from puma_lightning.forward_process import NoMasking
-from puma_lightning.losses import next_token_cross_entropy, trained_positions
 from puma_lightning.models.transformer import KeyValueCache
-from puma_lightning.modules.generative import GenerativeModule, true_positions
-from puma_lightning.optim import WarmupCosine
-from puma_lightning.output_layer import linear_cross_entropy
-from puma_lightning.sampling import LeftToRightSampler, Sample
-from puma_lightning.unmasking import exclude_token
+from puma_lightning.modules.generative import GenerativeModule, check_eos
+from puma_lightning.output.alignment import align
+from puma_lightning.output.head import linear_cross_entropy, true_positions
+from puma_lightning.output.losses import next_token_cross_entropy, trained_positions
+from puma_lightning.output.prediction import Prediction
+from puma_lightning.training.optim import WarmupCosine
 
 
 class AutoregressiveLM(GenerativeModule):
@@ -54,20 +55,23 @@ class AutoregressiveLM(GenerativeModule):
     ) -> None:
         super().__init__(backbone, NoMasking(), mask_id, optimizer, scheduler, init_from)
         if not getattr(backbone, "causal", True):
-            raise ValueError("AutoregressiveLM needs a backbone that sees earlier positions alone: set causal to true")
-        self.eos_id = self.check_eos(eos_id)
+            raise ValueError(
+                "backbone: expected one that sees earlier positions alone for AutoregressiveLM, got causal = false; "
+                "set causal to true"
+            )
+        self.eos_id = check_eos(eos_id, self.vocab_size, mask_id)
         self.sampler = sampler
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Predict every token of the answers from those before it."""
         loss, _ = self._loss(batch)
-        self.check_finite(loss)
-        self.stream.advance(loss.detach(), self.global_step)
+        self.finite.observe(loss, self.trainer)
+        self.stream.advance(Prediction(), self.global_step)  # no chain reads anything
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
     def evaluation_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
-        """The negative log-likelihood; its mean over batches weighs every token the same."""
+        """Return the negative log-likelihood; its mean over batches weighs every token the same."""
         loss, trained = self._loss(batch)
         return loss, max(1, int(trained.sum()))
 
@@ -78,38 +82,38 @@ class AutoregressiveLM(GenerativeModule):
         if head is None:
             return next_token_cross_entropy(self(x0), x0, trained), trained
         index = true_positions(trained)
-        states = self.align(self.backbone.hidden_states(x0)).flatten(0, 1)[index]  # type: ignore[operator]
+        states = align(self.backbone.hidden_states(x0), self.shifted).flatten(0, 1)[index]  # type: ignore[operator]
         weights = torch.full_like(index, 1 / max(1, len(index)), dtype=torch.float)
         target = x0.flatten()[index]
         loss, _ = linear_cross_entropy(states, head.weight, target, weights, head.bias, self.mask_id)
         return loss, trained
 
     def complete(self, xt: Tensor, sampler: LeftToRightSampler, generator: torch.Generator | None) -> Sample:
-        reader = _Reader(self.backbone, self.mask_id, xt.shape[1], self.head(any_vocabulary=True))
+        reader = _Reader(self.backbone, xt.shape[1], self.head(any_vocabulary=True))
         return sampler(reader, xt, self.mask_id, self.eos_id, generator)
 
 
 class _Reader:
-    """Reads sequences piece by piece; predicts what comes next."""
+    """The model as a sampler from the left sees it: it reads sequences piece by piece and predicts what comes next."""
 
-    def __init__(self, backbone: nn.Module, mask_id: int, length: int, head: nn.Linear | None) -> None:
+    def __init__(self, backbone: nn.Module, length: int, head: nn.Linear | None) -> None:
         self.backbone = backbone
         self.head = head
-        self.mask_id = mask_id
         cached = "cache" in inspect.signature(backbone.forward).parameters
         self.cache = KeyValueCache(length) if cached else None
         self.seen: Tensor | None = None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         if self.cache is not None and self.head is not None:
-            # Of a whole prompt only the last position's logits are wanted.
+            # Only the logits of the last position are wanted, also when a whole prompt is read.
             logits = self.head(self.backbone.hidden_states(tokens, self.cache)[:, -1:])  # type: ignore[operator]
         elif self.cache is not None:
             logits = self.backbone(tokens, cache=self.cache)
         else:
             self.seen = tokens if self.seen is None else torch.cat([self.seen, tokens], dim=1)
             logits = self.backbone(self.seen)
-        return exclude_token(logits[:, -1], self.mask_id)
+        last: Tensor = logits[:, -1]
+        return last
 
     def select(self, rows: Tensor) -> "_Reader":
         chosen = copy.copy(self)

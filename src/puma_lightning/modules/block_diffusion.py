@@ -2,20 +2,25 @@
 
 import copy
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from puma_lightning.data.base import Batch
-from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking
+from puma_lightning.chain.blocks import check_block_size, cut_blocks, join_blocks
+from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.stages import StepSchedule
+from puma_lightning.chain.student import AnySampler, BlockSampler, Sample, Sampler
+from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking
 from puma_lightning.models.transformer import KeyValueCache
+from puma_lightning.modules.generative import check_eos
 from puma_lightning.modules.masked_diffusion import MaskedDiffusion
-from puma_lightning.optim import WarmupCosine
-from puma_lightning.sampling import AnySampler, BlockSampler, Sample, Sampler
-from puma_lightning.schedule import StepSchedule
-from puma_lightning.unmasking import Prediction, check_block_size, cut_blocks
+from puma_lightning.output.alignment import align
+from puma_lightning.output.head import predict_where
+from puma_lightning.output.prediction import Prediction, exclude_token
+from puma_lightning.training.optim import WarmupCosine
 
 
 class BlockDiffusion(MaskedDiffusion):
@@ -30,7 +35,7 @@ class BlockDiffusion(MaskedDiffusion):
             ``vocab_size``.
         mask_id: The mask token. The command line links it to the DataModule's.
         block_size: Length of a block, a divisor of the sequence length; or a curriculum of ``[optimizer step, length]``
-            pairs such as ``[[0, 4], [20000, 16], [60000, 64]]``. Slots keep their boards on a switch.
+            pairs such as ``[[0, 4], [20000, 16], [60000, 64]]``. On a switch, sequences stay as masked as they are.
         eos_id: The token that ends an answer, after which nothing is generated; null if there is none. Linked to the
             DataModule's.
         forward_process: What each block trains on: ``ProgressiveUnmasking``, ``RandomMasking`` or one of your own.
@@ -68,9 +73,8 @@ class BlockDiffusion(MaskedDiffusion):
             backbone, mask_id, forward_process, sampler, optimizer, scheduler, init_from, shifted  # type: ignore[arg-type]
         )  # fmt: skip
         self.block_size: StepSchedule = schedule
-        self.eos_id = self.check_eos(eos_id)
+        self.eos_id = check_eos(eos_id, self.vocab_size, mask_id)
         self.check_sampler(sampler)
-        self.trained_in: int | None = None  # the block size of the training batch seen last
 
     def forward(self, xt: Tensor, x0: Tensor, block_size: int | None = None) -> Tensor:  # type: ignore[override]
         """Predict every position, never as the mask token; all blocks in one pass.
@@ -83,36 +87,31 @@ class BlockDiffusion(MaskedDiffusion):
         Returns:
             Logits aligned with positions, (B, L, V); -inf for the mask token.
         """
-        states = self.aligned_states(xt, x0, block_size or self.current_block_size())
-        return self.predictions(self.backbone.lm_head(states))  # type: ignore[operator]
+        size = block_size or self.current_block_size()
+        nothing_given = torch.zeros_like(x0, dtype=torch.bool)
+        chains = Chains.fully_masked(x0, nothing_given, self.mask_id, block_size=size)
+        return join_blocks(self.denoise(replace(chains, xt=cut_blocks(xt, chains.x0.shape[1]))), chains.num_blocks)
 
-    def aligned_states(self, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
-        length = xt.shape[1]
+    def denoise(self, chains: Chains) -> Tensor:
+        return exclude_token(self.backbone.lm_head(self.aligned_states(chains)), self.mask_id)  # type: ignore[operator]
+
+    def aligned_states(self, chains: Chains) -> Tensor:
+        xt, x0 = join_blocks(chains.xt, chains.num_blocks), join_blocks(chains.x0, chains.num_blocks)
+        length, size = xt.shape[1], chains.x0.shape[1]
         # Nobody sees the last block of x0.
-        seen = length - block_size
-        hidden = self.backbone.hidden_states(xt, block_size=block_size, clean=x0[:, :seen])  # type: ignore[operator]
+        seen = length - size
+        hidden = self.backbone.hidden_states(xt, block_size=size, clean=x0[:, :seen])  # type: ignore[operator]
         noisy, clean = hidden.split([length, seen], dim=1)
-        before = torch.cat([noisy[:, :1], clean[:, block_size - 1 :: block_size]], dim=1)
-        return self.align(cut_blocks(noisy, block_size), before.flatten(0, 1)[:, None]).view_as(noisy)
-
-    def denoise(self, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
-        logits: Tensor = self(xt, x0, block_size)
-        return logits
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One forward pass gives the loss of all blocks and moves their chains."""
-        self.trained_in = self.block_size_of(batch)
-        # Of a number Lightning would make a tensor by a copy that waits for the device.
-        block_size = torch.full((), float(self.trained_in), device=self.device)
-        self.log("train/block_size", block_size, batch_size=len(batch["xt"]))
-        return super().training_step(batch, batch_idx)
+        before = torch.cat([noisy[:, :1], clean[:, size - 1 :: size]], dim=1)
+        return align(cut_blocks(noisy, size), self.shifted, before.flatten(0, 1)[:, None])
 
     def check_sampler(self, sampler: AnySampler) -> None:
         """Check that a sampler is one for block models, and that it can generate as far as it is asked to."""
         if isinstance(sampler, Sampler):
             raise ValueError(
-                "BlockDiffusion is sampled from with a BlockSampler, got a Sampler, which completes the whole canvas; "
-                "give it as what happens within a block: BlockSampler(within=Sampler(...)), or `within: {...}` in YAML"
+                "sampler: expected a BlockSampler for BlockDiffusion, got a Sampler, which completes a whole sequence "
+                "in any order; say with it how each block is completed: BlockSampler(within=Sampler(...)), or "
+                "`within: {...}` in YAML"
             )
         super().check_sampler(sampler)
         assert isinstance(sampler, BlockSampler)
@@ -122,47 +121,31 @@ class BlockDiffusion(MaskedDiffusion):
                 check_block_size(size, sampler.length)
             if isinstance(longest, int) and sampler.length > longest:
                 raise ValueError(
-                    f"sampler: length {sampler.length} is more than the backbone's max_length {longest}; "
+                    f"sampler: expected a length of at most the backbone's max_length {longest}, got {sampler.length}; "
                     "raise max_length, which changes no weights but those of learned positions"
                 )
 
-    def current_block_size(self) -> int:
-        """The length of the blocks that the model was trained in last, which is what it can be evaluated in."""
-        return self.trained_in or self.block_size.at(0)
-
     def setup(self, stage: str) -> None:
-        """A run starts its curriculum anew, unless a checkpoint is loaded after this."""
+        """Begin a curriculum at its first block size, unless a checkpoint is loaded after this."""
         super().setup(stage)
         if stage == "fit":
             self.trained_in = None
 
-    def load_weights(self, path: str) -> None:
-        """As for every model.
-
-        Raises:
-            ValueError: If it is to be judged, and was trained with a schedule of block sizes.
-        """
-        judging = self._trainer is not None and self.trainer.state.fn != "fit"
-        if judging and len(self.block_size.values) > 1:
-            raise ValueError(
-                f"init_from takes weights alone, not in which of the block sizes {self.block_size.values} they were "
-                "trained last: judge the checkpoint with --ckpt_path (ckpt_path=...) instead"
-            )
-        super().load_weights(path)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As for every model; and how far the curriculum has come."""
+        """Add how far the curriculum has come."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["block_size"] = self.current_block_size()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As for every model; and how far the curriculum has come."""
+        """Go on with the curriculum from where it was."""
         super().on_load_checkpoint(checkpoint)
         self.trained_in = checkpoint["block_size"]
 
     def complete(self, xt: Tensor, sampler: BlockSampler, generator: torch.Generator | None) -> Sample:  # type: ignore[override]
         reader = CachedBlocks(self, max(xt.shape[1], sampler.length or 0))
-        return sampler(reader, xt, self.mask_id, self.current_block_size(), self.eos_id, generator)
+        size = self.current_block_size()
+        assert size is not None
+        return sampler(reader, xt, self.mask_id, size, self.eos_id, generator)
 
 
 class CachedBlocks:
@@ -186,23 +169,23 @@ class CachedBlocks:
         self.before = hidden[:, -1:]
 
     def __call__(self, xt: Tensor) -> Tensor:
-        """The block after them, (B, S) with masked positions, to its logits, (B, S, V)."""
-        return self.model.predictions(self.model.backbone.lm_head(self._states(xt)))  # type: ignore[operator]
+        """Return logits of the block after them, (B, S, V), from its partly masked tokens, (B, S)."""
+        logits: Tensor = self.model.backbone.lm_head(self._states(xt))  # type: ignore[operator]
+        return logits
 
     def predict_masked(self, xt: Tensor, masked: Tensor, *wanted: Any) -> Prediction | None:
-        """What a sampler needs of the masked positions of the block after them; None where logits do."""
-        if self.model.head() is None:
-            return None
-        return self.model.predict_at(self._states(xt), masked, *wanted)
+        """Say what a sampler needs of the masked positions of the block after them; None where logits do."""
+        head = self.model.head()
+        return None if head is None else predict_where(masked, self._states(xt), head, self.model.mask_id, *wanted)
 
     def _states(self, xt: Tensor) -> Tensor:
         start = self.cache.length
         hidden = self.model.backbone.hidden_states(xt, self.cache)  # type: ignore[operator]
         self.cache.length = start
-        return self.model.align(hidden, self.before)
+        return align(hidden, self.model.shifted, self.before)
 
     def select(self, rows: Tensor) -> "CachedBlocks":
-        """The same for these rows (n,) of the batch alone."""
+        """Return the same for these rows, (n,), of the batch alone."""
         chosen = copy.copy(self)
         chosen.cache = self.cache.select(rows)
         chosen.before = None if self.before is None else self.before[rows]
@@ -215,6 +198,7 @@ def _check_backbone(backbone: nn.Module) -> None:
     missing = needed if states is None else needed - set(inspect.signature(states).parameters)
     if missing or not hasattr(backbone, "lm_head"):
         raise ValueError(
-            f"the backbone {type(backbone).__name__} cannot be used for block diffusion, which needs lm_head and "
-            "hidden_states(input_ids, cache, block_size, clean) as TransformerBackbone has them"
+            "backbone: expected lm_head and hidden_states(input_ids, cache, block_size, clean), as "
+            f"TransformerBackbone has them and block diffusion needs them, got {type(backbone).__name__}; use a "
+            "TransformerBackbone, or add them"
         )

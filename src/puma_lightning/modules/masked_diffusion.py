@@ -7,14 +7,17 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.student import AnySampler, Sample, Sampler
+from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking
+from puma_lightning.chain.teacher.random_masking import stratified_masking
 from puma_lightning.data.base import Batch
-from puma_lightning.forward_process import ForwardProcess, ProgressiveUnmasking, stratified_masking
-from puma_lightning.losses import masked_cross_entropy
-from puma_lightning.modules.generative import GenerativeModule, spread, true_positions
-from puma_lightning.optim import WarmupCosine
-from puma_lightning.output_layer import linear_cross_entropy
-from puma_lightning.sampling import AnySampler, Sample, Sampler
-from puma_lightning.unmasking import Prediction, Statistic, cut_blocks
+from puma_lightning.modules.generative import GenerativeModule
+from puma_lightning.output.alignment import align
+from puma_lightning.output.head import linear_cross_entropy, predict_where, spread, true_positions
+from puma_lightning.output.losses import masked_cross_entropy
+from puma_lightning.output.prediction import Prediction, Statistic
+from puma_lightning.training.optim import WarmupCosine
 
 
 class MaskedDiffusion(GenerativeModule):
@@ -52,134 +55,119 @@ class MaskedDiffusion(GenerativeModule):
         super().__init__(backbone, forward_process, mask_id, optimizer, scheduler, init_from)
         if getattr(backbone, "causal", False):
             raise ValueError(
-                f"{type(self).__name__} needs a backbone that sees all positions: set causal to false (also to "
-                "initialise it from a causal one, with init_from and shifted), or train an AutoregressiveLM"
+                f"backbone: expected one that sees all positions for {type(self).__name__}, got a causal one; set "
+                "causal to false (also to initialise from a causal one, with init_from and shifted), or train an "
+                "AutoregressiveLM"
             )
         self.sampler = sampler
         self.shifted = shifted
+        self.trained_in: int | None = None  # the block size of the training batch seen last
 
-    def denoise(self, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
-        """Predict the masked positions; a block model also sees the clean blocks before each.
+    def current_block_size(self) -> int | None:
+        """Return the length of the blocks that the model was trained in last, which is what it can be evaluated in.
 
-        Args:
-            xt: Partly masked sequences, (B, L) int64.
-            x0: The clean ones, (B, L) int64.
-            block_size: L, or the length of the blocks of a block model.
-
-        Returns:
-            Logits aligned with positions, (B, L, V); -inf for the mask token.
+        None for a model without blocks.
         """
-        logits: Tensor = self(xt)
-        return logits
+        return None if self.block_size is None else self.trained_in or self.block_size.at(0)
 
-    @staticmethod
-    def block_size_of(batch: Batch) -> int:
-        """The length of the blocks of a training batch; its stages are (B, number of blocks)."""
-        return batch["xt"].shape[1] // batch["stage"].shape[1]
-
-    def aligned_states(self, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
-        """As ``denoise``, but what the output layer reads: hidden states aligned with positions, (B, L, D)."""
-        return self.align(self.backbone.hidden_states(xt))  # type: ignore[operator]
+    def aligned_states(self, chains: Chains) -> Tensor:
+        """Return what the output layer reads: hidden states aligned with positions, (N, L, D)."""
+        return align(self.backbone.hidden_states(chains.xt), self.shifted)  # type: ignore[operator]
 
     def loss(
         self,
-        xt: Tensor,
-        x0: Tensor,
-        block_size: int,
+        chains: Chains,
         weights: Tensor,
         reads: Collection[Statistic] | None = (),
         num_masked: int | None = None,
     ) -> tuple[Tensor, Tensor | Prediction]:
-        """The weighted sum of the losses of all blocks, and what the model predicts.
+        """Return the weighted sum of the losses of all chains, and what the model predicts.
 
         Args:
-            xt: Partly masked sequences, (B, L) int64.
-            x0: The clean ones, (B, L) int64.
-            block_size: L, or the length of the blocks of a block model.
-            weights: What each block counts for, (B * L / block size,) float.
+            chains: Partly masked sequences, or their blocks.
+            weights: What each chain counts for, (N,) float.
             reads: The statistics wanted of the predictions; None for logits.
-            num_masked: Masked positions of all sequences together. Without it the host waits for a GPU to count them.
+            num_masked: Masked positions of all chains together. Without it the host waits for a GPU to count them.
 
         Returns:
-            The loss, () float32, and the predictions without gradient: logits (B, L, V) or statistics, (B, L) each.
+            The loss, () float32, and the predictions without gradient: logits, (N, L, V), or statistics, (N, L) each.
         """
-        masked = xt == self.mask_id
         head = self.head()
         if head is None or reads is None:
-            logits = self.denoise(xt, x0, block_size)
-            rows = (cut_blocks(tensor, block_size) for tensor in (logits, x0, masked))
-            return (masked_cross_entropy(*rows) * weights).sum(), logits.detach()
+            logits = self.denoise(chains)
+            return (masked_cross_entropy(logits, chains.x0, chains.masked) * weights).sum(), logits.detach()
+        masked = chains.masked
         index = true_positions(masked, num_masked)
-        number = cut_blocks(masked, block_size).sum(1)
-        each = (weights / number.clamp_min(1)).repeat_interleave(block_size) * masked.flatten()
-        states = self.aligned_states(xt, x0, block_size).flatten(0, 1)
-        loss, found = linear_cross_entropy(
-            states[index], head.weight, x0.flatten()[index], each[index], head.bias, self.mask_id, reads
-        )
-        return loss, spread(found, index, xt.shape)
+        each = ((weights / masked.sum(1).clamp_min(1))[:, None] * masked).flatten()
+        states, target = self.aligned_states(chains).flatten(0, 1)[index], chains.x0.flatten()[index]
+        loss, found = linear_cross_entropy(states, head.weight, target, each[index], head.bias, self.mask_id, reads)
+        return loss, spread(found, index, masked.shape)
 
-    def predict_masked(self, xt: Tensor, masked: Tensor, *wanted: Any) -> Prediction | None:
-        """What a sampler needs of the masked positions, see ``predict_at``; None where logits do."""
-        if self.head() is None:
-            return None
-        return self.predict_at(self.aligned_states(xt, xt, xt.shape[1]), masked, *wanted)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One forward pass gives the loss and moves the chains."""
-        x0, xt = batch["input_ids"], batch["xt"]
-        block_size = self.block_size_of(batch)
-        # Blocks with nothing masked have no loss and do not count.
-        counted = cut_blocks(xt == self.mask_id, block_size).any(1)
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Take one forward pass, which gives the loss and moves the chains."""
+        chains: Chains = batch["chains"]
+        # Chains with nothing masked have no loss and do not count.
+        counted = chains.masked.any(1)
         # In float32 whatever the default dtype, which a Trainer in half precision changes.
         weights = counted.float() / counted.sum()
-        known = {"num_masked": self.stream.num_masked} if xt.is_cuda else {}
-        loss, predictions = self.loss(xt, x0, block_size, weights, self.forward_process.reads(), **known)
-        self.check_finite(loss)
+        known = {"num_masked": self.stream.num_masked} if chains.xt.is_cuda else {}
+        loss, predictions = self.loss(chains, weights, self.forward_process.reads(), **known)
+        self.finite.observe(loss, self.trainer)
         self.stream.advance(predictions, self.global_step)
-        self.log("train/loss", loss, prog_bar=True, batch_size=xt.shape[0])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        if self.block_size is not None:
+            self.trained_in = chains.x0.shape[1]
+            # Lightning would make a tensor of a number, by a copy that waits for the device.
+            block_size = torch.full((), float(self.trained_in), device=self.device)
+            self.log("train/block_size", block_size, batch_size=len(batch["input_ids"]))
         return loss
 
-    def preflight(self, batch: Batch) -> None:
-        """Check the shapes of the logits and of the policy's scores on the first batch."""
-        x0, xt = batch["input_ids"], batch["xt"]
-        block_size = self.block_size_of(batch)
-        samplers = self.all_samplers()
-        for sampler in samplers:
-            self.check_sampler(sampler)
-        parts: list[object] = [self.forward_process, *(getattr(s, "within", s) for s in samplers)]
-        policies = [part.policy for part in parts if hasattr(part, "policy")]
-        x0, xt = self.few(x0), self.few(xt)
-        logits = self.denoise(xt, x0, block_size)
-        self.check_logits(xt, logits)
-        logits, xt = cut_blocks(logits, block_size), cut_blocks(xt, block_size)
-        for policy in policies:
-            scores = policy(logits, xt)
-            if scores.shape != xt.shape:
-                raise ValueError(
-                    f"policy {policy!r} must return scores (B, L) = {tuple(xt.shape)}, got {tuple(scores.shape)}"
-                )
-            if (scores.isnan() & (xt == self.mask_id)).any() and not logits.isnan().any():
-                raise ValueError(
-                    f"policy {policy!r} returned NaN where the logits have none (the mask token's is -inf); "
-                    "scores must be numbers"
-                )
-
     def evaluation_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
-        """The per-token NELBO: n stratified over the batch, the same masks at every evaluation.
+        """Return the per-token NELBO, with n stratified over the batch, and the same masks at every evaluation.
 
-        Of a block model it is the sum of the NELBOs of its blocks, over the length of the answer.
+        For a block model it is the sum of the NELBOs of its blocks, over the length of the answer.
         """
-        x0 = batch["input_ids"]
-        block_size = self.current_block_size() or x0.shape[1]
-        rows, given = cut_blocks(x0, block_size), cut_blocks(batch["prompt_mask"], block_size)
-        xt = stratified_masking(rows, given, self.mask_id, generator).view_as(x0)
-        answer_length = (~given).sum(1).float().view(len(x0), -1)
-        weights = answer_length / answer_length.sum(1, keepdim=True) / len(x0)
-        return self.loss(xt, x0, block_size, weights.flatten())[0], len(x0)
-
-    def current_block_size(self) -> int | None:
-        """The length of the blocks now; None for one block as long as the sequence."""
-        return None
+        size = len(batch["input_ids"])
+        chains = Chains.fully_masked(
+            batch["input_ids"], batch["prompt_mask"], self.mask_id, block_size=self.current_block_size()
+        )
+        answer_length = chains.answer_length.float().view(size, -1)
+        weights = answer_length / answer_length.sum(1, keepdim=True) / size
+        return self.loss(stratified_masking(chains, generator), weights.flatten())[0], size
 
     def complete(self, xt: Tensor, sampler: Sampler, generator: torch.Generator | None) -> Sample:
-        return sampler(self, xt, self.mask_id, generator)
+        return sampler(Canvas(self), xt, self.mask_id, generator)
+
+
+class Canvas:
+    """A masked diffusion model as an any-order sampler sees it: it looks at whole sequences, each on its own.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        static_shapes: Whether parts of the backbone are compiled, so that a batch of another size would be compiled for
+            again.
+    """
+
+    def __init__(self, model: MaskedDiffusion) -> None:
+        self.model = model
+        modules = model.backbone.modules()
+        self.static_shapes = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules)
+
+    def __call__(self, xt: Tensor) -> Tensor:
+        """Return logits of partly masked sequences, (B, L, V), from xt, (B, L)."""
+        logits: Tensor = self.model(xt)
+        return logits
+
+    def predict_masked(self, xt: Tensor, masked: Tensor, *wanted: Any) -> Prediction | None:
+        """Say what a sampler needs of the masked positions, see ``predict_where``; None where logits do."""
+        head = self.model.head()
+        if head is None:
+            return None
+        states = align(self.model.backbone.hidden_states(xt), self.model.shifted)  # type: ignore[operator]
+        return predict_where(masked, states, head, self.model.mask_id, *wanted)
+
+    def select(self, rows: Tensor) -> "Canvas":
+        """Return the model for these rows, (n,), of a batch alone: itself."""
+        return self

@@ -1,8 +1,8 @@
 """Make the runs in this folder: ``python tests/training/old_runs/make.py``, run by the version that they are to be of.
 
-Each is a small run: its config as the command line saved it, its checkpoint after 20 of 50 optimizer steps, and what the
-30 steps after that gave, the losses and a hash of the last weights. A later version has to give the same to the last bit.
-They were made by the last commit of version 0.1.0, and stay as they are.
+Each is a small run: its config as the command line saved it, its checkpoint after 20 of 50 optimizer steps, and what
+the 30 steps after that gave, the losses and a hash of the last weights. A later version has to give the same to the
+last bit. They were made by the last commit of version 0.1.0, and stay as they are.
 """
 
 import csv

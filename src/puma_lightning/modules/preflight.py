@@ -1,0 +1,60 @@
+"""The check of a whole training set-up on its first batch, before any step is taken."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from puma_lightning.chain.student import AnySampler
+
+if TYPE_CHECKING:
+    from puma_lightning.modules.generative import GenerativeModule
+
+
+def preflight(module: "GenerativeModule") -> None:
+    """Check the samplers, the shape of the logits, and the scores of all policies.
+
+    Raises:
+        ValueError: If a sampler is not one for this model, the logits have another shape than (B, L, V), or a policy
+            returns scores of another shape or NaN.
+    """
+    from puma_lightning.modules.generative import eval_mode
+
+    samplers = samplers_of(module)
+    for sampler in samplers:
+        module.check_sampler(sampler)
+    chains = module.stream.peek()["chains"]
+    if module.head() is not None:
+        # The vocabulary is large: logits of one sequence alone can be kept.
+        chains = chains.map(lambda tensor: tensor[: chains.num_blocks])
+    # The shape of a trial is not that of training, so nothing is compiled for it; but attention in blocks must be.
+    stance = torch.compiler.set_stance("force_eager" if module.block_size is None else "default")
+    with torch.no_grad(), eval_mode(module), stance, module.trainer.precision_plugin.forward_context():
+        logits = module.denoise(chains)
+        expected = (*chains.xt.shape, module.vocab_size)
+        if logits.shape != expected:
+            raise ValueError(
+                f"backbone: expected logits (B, L, V) = {expected}, got {tuple(logits.shape)}; return logits of every "
+                "position"
+            )
+        parts: list[object] = [module.forward_process, *(getattr(sampler, "within", sampler) for sampler in samplers)]
+        for unmasking in filter(None, (getattr(part, "unmasking", None) for part in parts)):
+            policy, xt = unmasking.policy, chains.xt
+            scores = policy(logits, xt)
+            if scores.shape != xt.shape:
+                raise ValueError(
+                    f"policy: expected scores (B, L) = {tuple(xt.shape)}, got {tuple(scores.shape)} from {policy!r}; "
+                    "return one score for each position"
+                )
+            if (scores.isnan() & chains.masked).any() and not logits.isnan().any():
+                raise ValueError(
+                    f"policy: expected numbers as scores, got NaN from {policy!r} where the logits have none (the mask "
+                    "token's is -inf); return numbers"
+                )
+
+
+def samplers_of(module: "GenerativeModule") -> list[AnySampler]:
+    """Return the module's own sampler and those of the callbacks, each once."""
+    samplers = [module.sampler]
+    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+        samplers += getattr(callback, "samplers", [getattr(callback, "sampler", None) or module.sampler])
+    return list({id(sampler): sampler for sampler in samplers}.values())

@@ -1,0 +1,1 @@
+"""What the model says: predictions, the output layer without its logits, drawn tokens, losses, alignment."""

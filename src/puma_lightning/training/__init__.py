@@ -1,0 +1,1 @@
+"""What a training run needs besides the method: objects with one task each, which a LightningModule holds."""

@@ -1,0 +1,67 @@
+"""Every name of Lightning's insides that training depends on, as seen in lightning 2.6.4 to 2.6.6.
+
+Nothing else in this package touches them. If a new version of Lightning breaks something, it is here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+
+
+def is_made_by_command_line() -> bool:
+    """Tell whether a module is just being made by LightningCLI, which then knows its arguments as plain values."""
+    return _given_hyperparameters.get() is not None
+
+
+def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
+    """Return the Trainer of a module; None without one, where ``module.trainer`` raises."""
+    return module._trainer
+
+
+def wrap_train_loader(trainer: pl.Trainer, wrap: Callable[[Any], Any]) -> None:
+    """Put a function between Lightning and the train loader, wherever that comes from.
+
+    Args:
+        trainer: The Trainer, in its ``setup`` phase.
+        wrap: From what the user's ``train_dataloader`` returns to what Lightning is to iterate.
+    """
+    source = trainer.fit_loop._data_source
+    trainer.fit_loop._data_source = _WrappedSource(source.instance, source.name, wrap)
+
+
+def is_in_step(trainer: pl.Trainer) -> bool:
+    """Tell whether a training step has been started and not finished."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(progress.ready > progress.processed)
+
+
+def is_in_accumulation_window(trainer: pl.Trainer, in_step: bool) -> bool:
+    """Tell whether gradients of earlier batches wait for the optimizer step that they are part of."""
+    if not in_step:
+        return bool(trainer.fit_loop._should_accumulate())
+    ready: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return bool((ready - 1) % trainer.accumulate_grad_batches)
+
+
+def count_step_once(trainer: pl.Trainer) -> None:
+    """Correct the count of steps, at the start of one.
+
+    After a resume from within a step Lightning has counted that step twice, and by these numbers it tells where in a
+    step a later checkpoint was saved.
+    """
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    total.ready, total.started = total.completed + 1, total.completed
+
+
+class _WrappedSource(_DataLoaderSource):
+    """Lightning's source of the train loader (a DataModule, a module or a loader), with a function around it."""
+
+    def __init__(self, instance: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+        super().__init__(instance, name)
+        self.wrap = wrap
+
+    def dataloader(self) -> Any:
+        return self.wrap(super().dataloader())

@@ -1,0 +1,103 @@
+"""The stream between Lightning and the user's train loader."""
+
+import warnings
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.utils.data import DataLoader
+
+from puma_lightning.training.lightning_internals import wrap_train_loader
+from puma_lightning.training.sequences import CleanSequences, derived_seed
+from puma_lightning.training.stream import Stream
+
+if TYPE_CHECKING:
+    from puma_lightning.modules.base import StreamedModule
+
+
+class StreamLoading:
+    """Builds a module's stream over any train DataLoader when a fit begins, and takes it down when the fit ends."""
+
+    def __init__(self) -> None:
+        self._fits = 0
+        self._random_before: torch.Tensor | None = None
+
+    def begin(self, module: "StreamedModule") -> None:
+        """Have Lightning iterate a stream instead of the user's train loader.
+
+        Raises:
+            ValueError: If an option of the Trainer works on loaders only.
+        """
+        trainer = module.trainer
+        for option in ("overfit_batches", "reload_dataloaders_every_n_epochs"):
+            if value := getattr(trainer, option):
+                raise ValueError(
+                    f"{option}: expected 0, as it works on loaders, which the stream of chains replaces, got {value}; "
+                    "leave it out and choose the sequences in the DataModule"
+                )
+        self._random_before = torch.get_rng_state()
+        # The stream is resumable: its state is in the module's part of the checkpoint.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        seed = derived_seed(shared_seed(trainer), self._fits) if self._fits else shared_seed(trainer)
+        self._fits += 1
+        wrap_train_loader(trainer, partial(self.build, module, seed))
+
+    def build(self, module: "StreamedModule", seed: int, loader: Any) -> Any:
+        """Build the stream over the user's train loader.
+
+        Raises:
+            ValueError: If it is no DataLoader, or has too few sequences for one batch.
+        """
+        if not isinstance(loader, DataLoader):
+            raise ValueError(
+                f"train_dataloader: expected one torch.utils.data.DataLoader, got {type(loader).__name__}; return a "
+                "DataLoader"
+            )
+        trainer = module.trainer
+        sequences = CleanSequences(
+            loader, module.mask_id, module.vocab_size, trainer.global_rank, trainer.world_size, seed, module.shifted
+        )
+        groups = max(
+            [trainer.accumulate_grad_batches]
+            + [
+                max(callback.scheduling.values())
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if isinstance(callback, GradientAccumulationScheduler)
+            ]
+        )
+        needed = sequences.batch_size * groups
+        if sequences.num_sequences // trainer.world_size < needed:
+            raise ValueError(
+                f"batch_size: expected at least {needed} training sequences for each of {trainer.world_size} "
+                f"process(es) (batch size {sequences.batch_size} x accumulation {groups}), got "
+                f"{sequences.num_sequences} in all; lower the batch size or bring more sequences"
+            )
+        module.stream = Stream(
+            sequences,
+            module.forward_process,
+            module.mask_id,
+            sequences.batch_size,
+            num_groups=groups,
+            num_steps=sequences.num_sequences // (sequences.batch_size * trainer.world_size),
+            seed=seed,
+            device=trainer.strategy.root_device,
+            block_size=module.block_size,
+        )
+        module.resume.restore_stream(module.stream, trainer.global_rank)
+        return module.stream
+
+    def end(self, module: "StreamedModule") -> None:
+        """Let the loader's worker processes end."""
+        if hasattr(module, "stream"):
+            module.stream.sequences.close()
+        if self._random_before is not None:
+            # The seed of the last step is not to be that of what comes next in this process.
+            torch.set_rng_state(self._random_before)
+
+
+def shared_seed(trainer: pl.Trainer) -> int:
+    """Return the seed of the run, the same on all ranks."""
+    # Without seed_everything each process has another initial seed.
+    return int(trainer.strategy.broadcast(torch.initial_seed())) & (2**63 - 1)

@@ -1,0 +1,104 @@
+"""Exact resume: what a checkpoint holds besides weights and optimizer, so that a run goes on as if never stopped."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities import rank_zero_warn
+from torch import Tensor
+
+from puma_lightning.training.finite import refuse_non_finite
+from puma_lightning.training.lightning_internals import is_in_accumulation_window, is_in_step
+from puma_lightning.training.stream import Stream
+from puma_lightning.training.weights import CHECKPOINT_KEY, facts_of
+
+if TYPE_CHECKING:
+    from puma_lightning.modules.base import StreamedModule
+
+
+class ExactResume:
+    """Saves the stream of every rank and the gradients of a partly accumulated step, and puts them back.
+
+    A checkpoint is loaded before the loaders exist, so what it holds waits here until there is a stream to restore.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[dict[str, Any]] | None = None  # what the checkpoint holds, by rank
+        self._backward_at = -1
+
+    def note_backward(self, stream: Stream) -> None:
+        """Remember whose gradients there are from here on, for checkpoints saved before the step ends."""
+        self._backward_at = stream.step
+
+    def save(self, module: "StreamedModule", checkpoint: dict[str, Any]) -> None:
+        """Add to a checkpoint what every rank holds. To be called on all ranks.
+
+        Raises:
+            ValueError: If a loss was not finite: such a checkpoint must not be written.
+        """
+        trainer, stream = module.trainer, module.stream
+        # A resumed run that has not begun yet still has the numbers of a step that was not finished.
+        in_step = is_in_step(trainer) and stream.yielded is not None
+        state = {
+            "stream": stream.snapshot(in_step),
+            "gradients": self._accumulated(module, in_step),
+            "finite": bool(module.finite),
+        }
+        states: list[Any] = [state]
+        # An interrupted process may be the only one that failed and saves: the others would never answer.
+        alone = trainer.state.status == "interrupted"
+        if trainer.world_size > 1 and not alone:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, state)
+        if not all(each["finite"] for each in states):
+            refuse_non_finite(trainer)
+        if trainer.world_size > 1 and alone:
+            rank_zero_warn("saved after an exception: the chains of other processes are not in this checkpoint")
+            states = []
+        checkpoint[CHECKPOINT_KEY] = {"world_size": trainer.world_size, "ranks": states, "facts": facts_of(module)}
+
+    def _accumulated(self, module: "StreamedModule", in_step: bool) -> dict[str, Tensor] | None:
+        """Return the gradients of an accumulation window that a checkpoint falls into."""
+        if self._waiting is not None:
+            waiting: dict[str, Tensor] | None = self._waiting[module.global_rank]["gradients"]
+            return waiting  # to be restored
+        if not is_in_accumulation_window(module.trainer, in_step):
+            return None
+        if in_step and self._backward_at == module.stream.step:
+            rank_zero_warn(
+                "saved between a backward pass and the end of its step: the gradients of this accumulation window are "
+                "not in the checkpoint, and a resumed run will differ"
+            )
+            return None
+        return {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
+
+    def load(self, module: "StreamedModule", checkpoint: dict[str, Any]) -> None:
+        """Keep what a checkpoint holds until the stream exists.
+
+        Raises:
+            ValueError: If the number of processes is another.
+        """
+        saved, now = checkpoint.get(CHECKPOINT_KEY), module.trainer.world_size
+        if not saved or not saved["ranks"]:
+            rank_zero_warn("the checkpoint holds no chains; they start afresh, and the data from the first sequence")
+            return
+        if saved["world_size"] != now:
+            raise ValueError(
+                f"devices: expected {saved['world_size']} process(es), which saved the checkpoint, got {now}; resume "
+                f"with {saved['world_size']}, or start a new run from its weights with `--model.init_args.init_from "
+                "CHECKPOINT` (MaskedDiffusion(init_from=...)) and without --ckpt_path"
+            )
+        self._waiting = saved["ranks"]
+
+    def restore_stream(self, stream: Stream, rank: int) -> None:
+        """Put the stream of a rank back, if a checkpoint has been loaded."""
+        if self._waiting is not None:
+            stream.restore(self._waiting[rank]["stream"])
+
+    def restore_gradients(self, module: "StreamedModule") -> None:
+        """Put the gradients back; nothing waits any more then."""
+        if self._waiting is not None:
+            gradients = self._waiting[module.global_rank]["gradients"]
+            for name, parameter in module.named_parameters():
+                if gradients and name in gradients:
+                    parameter.grad = gradients[name].to(parameter)
+        self._waiting = None

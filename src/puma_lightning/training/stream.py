@@ -1,0 +1,272 @@
+"""Batch streaming: the chains of a training batch, and the clean sequences that take the place of finished ones.
+
+``Stream`` is the train loader that Lightning iterates: a *sized* iterable whose length is a number of steps, so that
+epochs, limits, accumulation and progress bars count steps. It yields the current chains; the training step calls
+``advance`` after its forward pass; in the next batch fresh sequences have taken the rows whose chains are over.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puma_lightning.chain.blocks import check_block_size, cut_blocks, join_blocks
+from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.stages import StepSchedule, stage_of
+from puma_lightning.chain.teacher import ForwardProcess
+from puma_lightning.output.prediction import Prediction, apply
+from puma_lightning.training.sequences import CleanSequences, derived_seed
+
+# Is told of every advance: the accumulation group, its chains before, their predictions, and the chains after.
+Observer = Callable[[int, Chains, Tensor | Prediction, Chains], None]
+
+
+class Stream:
+    """The chains of all accumulation groups of one rank, and the supply of sequences that enter them.
+
+    A row of the batch holds a sequence, which runs one chain, or, with a ``block_size``, one for each of its blocks,
+    all of which start when the sequence enters. It leaves when all of them are over. To the forward process every chain
+    is a row.
+
+    Randomness is a function of (seed, rank, step). No generator state has to be saved, and a resumed run draws what the
+    uninterrupted one would have drawn.
+
+    Fresh sequences are masked on the CPU. What the host must know of the chains on the device is copied there from
+    ``advance`` on, in the background, so that a GPU has a backward pass to work on while the host waits.
+
+    Args:
+        sequences: The supply of clean sequences.
+        process: The forward process.
+        mask_id: The mask token.
+        batch_size: B, the sequences of a batch.
+        num_steps: Batches in one pass over this iterable (a Lightning epoch).
+        num_groups: Yield M groups of chains in turn. With ``accumulate_grad_batches=M`` this keeps one sequence from
+            being counted twice in an update.
+        seed: The same on all ranks.
+        device: Where the chains live; the CPU by default.
+        block_size: Length of the blocks at an optimizer step; None for one block, as long as the sequence. When it
+            changes, sequences stay as masked as they are and are cut into other blocks; the stages of these are told
+            from what is revealed.
+    """
+
+    def __init__(
+        self,
+        sequences: CleanSequences,
+        process: ForwardProcess,
+        mask_id: int,
+        batch_size: int,
+        num_steps: int,
+        num_groups: int = 1,
+        seed: int = 0,
+        device: torch.device | None = None,
+        block_size: StepSchedule | None = None,
+    ) -> None:
+        self.sequences = sequences
+        self.process = process
+        self.mask_id = mask_id
+        self.batch_size = batch_size
+        self.num_steps = num_steps
+        self.seed = seed
+        self.device = device or torch.device("cpu")
+        self.block_size = block_size
+        self.groups: list[Chains | None] = [None] * num_groups
+        self._on_host: dict[int, Callable[[], Tensor]] = {}  # what ``_for_host`` says of each group that is filled
+        self.step = 0  # batches yielded in the life of this stream
+        self.observers: list[Observer] = []
+        self.yielded: Chains | None = None  # the chains of the batch yielded last, as they were then
+        self._generators = {"start": torch.Generator(), "advance": torch.Generator(self.device)}
+
+    def _seeded(self, step: int, purpose: str) -> torch.Generator:
+        seed = derived_seed(self.seed, self.sequences.rank, step, {"start": 0, "advance": 1}[purpose])
+        return self._generators[purpose].manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _ in range(self.num_steps):
+            batch = self.peek()
+            self.yielded = batch["chains"]
+            self.step += 1
+            yield batch
+
+    def peek(self) -> dict[str, Any]:
+        """Return the next batch, without counting it as yielded.
+
+        Returns:
+            ``{"input_ids", "prompt_mask", "xt"}``, (B, L) each, of the whole sequences; and ``"chains"``, the
+            ``Chains`` that they run, one for each block.
+        """
+        chains = self._refilled(self.step % len(self.groups))
+        shown = {"input_ids": chains.x0, "prompt_mask": chains.prompt_mask, "xt": chains.xt}
+        return {**{name: join_blocks(rows, chains.num_blocks) for name, rows in shown.items()}, "chains": chains}
+
+    @property
+    def num_masked(self) -> int:
+        """Masked positions of the batch yielded last, all rows together; known without waiting for the device."""
+        return int(self._on_host[(self.step - 1) % len(self.groups)]()[1].sum())
+
+    def advance(self, predictions: Tensor | Prediction, step: int) -> None:
+        """Move the chains of the batch yielded last.
+
+        Args:
+            predictions: The model's for the xt of the chains, aligned with positions: logits, (N, L, V), or what the
+                forward process ``reads``, (N, L) each.
+            step: The optimizer step, for schedules.
+        """
+        group = (self.step - 1) % len(self.groups)
+        chains = self.groups[group]
+        assert chains is not None, "advance before the first batch"
+        if self.block_size is not None and (size := self.block_size.at(step)) != chains.x0.shape[1]:
+            cut_now = chains.num_blocks
+            chains = self._cut_into(chains, size)
+            predictions = apply(lambda rows: cut_blocks(join_blocks(rows, cut_now), size), predictions)
+        moved = self.process.advance(chains, predictions, step, self._seeded(self.step - 1, "advance"))
+        done = moved.done | chains.done
+        # The chains of a sequence end one by one; one that is over has nothing left to be trained on.
+        after = replace(moved, done=done, xt=torch.where(done[:, None], moved.x0, moved.xt))
+        self.groups[group] = after
+        self._on_host[group] = copy_to_host(_for_host(after))
+        for observe in self.observers:
+            observe(group, chains, predictions, after)
+
+    def _cut_into(self, chains: Chains, block_size: int) -> Chains:
+        """Cut the same sequences into blocks of another size, each at the stage that its revealed positions tell."""
+        rows: dict[str, Any] = {"x0": chains.x0, "prompt_mask": chains.prompt_mask, "xt": chains.xt}
+        rows = {name: cut_blocks(join_blocks(whole, chains.num_blocks), block_size) for name, whole in rows.items()}
+        blocks = chains.num_blocks * chains.x0.shape[1] // block_size
+        cut = replace(chains, **rows, num_blocks=blocks)
+        num_stages = self.process.chain_stages(cut.num_stages, cut.answer_length)
+        return replace(cut, stage=stage_of(cut.revealed, num_stages, cut.answer_length), done=~cut.masked.any(1))
+
+    def _refilled(self, group: int) -> Chains:
+        """Return the chains of a group, with fresh sequences in place of those whose chains are all over."""
+        chains = self.groups[group]
+        if chains is None:
+            fresh = self._first_fill(group)
+            known = _for_host(fresh)
+            chains = fresh.map(self._upload)
+        else:
+            known = self._on_host[group]()
+            over = known[0].bool().view(self.batch_size, -1).all(1).nonzero().squeeze(1)
+            if not len(over):
+                return chains
+            stage = torch.zeros(len(over), dtype=torch.long)
+            fresh = self._fresh(stage, chains.num_stages, chains.x0.shape[1])
+            blocks = chains.num_blocks
+            rows = (over[:, None] * blocks + torch.arange(blocks)).flatten()
+            known = known.index_copy(1, rows, _for_host(fresh))
+            chains = chains.with_rows(self._upload(rows), fresh.map(self._upload))
+        self.groups[group], self._on_host[group] = chains, lambda: known
+        return chains
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        """Copy a CPU tensor to the device; the copy overlaps with what a GPU is doing."""
+        cuda = self.device.type == "cuda"
+        return (tensor.pin_memory() if cuda else tensor).to(self.device, non_blocking=cuda)
+
+    def _first_fill(self, group: int) -> Chains:
+        """Start with stages spread evenly, over all groups together, so that each batch holds all stages."""
+        num_stages = self.process.num_stages_at(0)
+        index = torch.arange(self.batch_size) * len(self.groups) + group
+        stage = index * num_stages // (self.batch_size * len(self.groups))
+        return self._fresh(stage, num_stages, None if self.block_size is None else self.block_size.at(0))
+
+    def _fresh(self, stage: Tensor, num_stages: int, block_size: int | None) -> Chains:
+        """Start chains of the next sequences on the CPU, one sequence for each of the given stages."""
+        clean = self.sequences.take(len(stage))
+        length = clean["input_ids"].shape[1]
+        for coming in self.block_size.values if self.block_size is not None else ():
+            check_block_size(coming, length)
+        x0, prompt_mask = clean["input_ids"].cpu(), clean["prompt_mask"].cpu()
+        stage = stage.repeat_interleave(length // (block_size or length))
+        chains = Chains.fully_masked(x0, prompt_mask, self.mask_id, num_stages, stage, block_size or length)
+        # With a threshold a chain that is shorter than K has fewer stages.
+        stage = stage * self.process.chain_stages(num_stages, chains.answer_length) // num_stages
+        return self.process.start(replace(chains, stage=stage), self._seeded(self.step, "start"))
+
+    def snapshot(self, in_flight: bool = False) -> dict[str, Any]:
+        """Return everything needed to go on exactly from here, as CPU tensors and plain types.
+
+        Args:
+            in_flight: Whether the training step of the batch yielded last is unfinished and will be done again.
+        """
+        groups, step = list(self.groups), self.step
+        if in_flight:
+            step -= 1
+            groups[step % len(groups)] = self.yielded
+        return {
+            "seed": self.seed,
+            "step": step,
+            "position": self.sequences.position,
+            "num_slots": self.batch_size,
+            "num_sequences": self.sequences.num_sequences,
+            "groups": [g and {**g.to("cpu").tensors(), "num_stages": g.num_stages} for g in groups],
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go on from a snapshot.
+
+        Raises:
+            ValueError: If the snapshot is of another batch size or of another data set.
+        """
+        check_same("accumulate_grad_batches", len(snapshot["groups"]), len(self.groups))
+        check_same("training sequences", snapshot["num_sequences"], self.sequences.num_sequences)
+        check_same("batch_size", snapshot["num_slots"], self.batch_size)
+        self.sequences.seek(snapshot["seed"], snapshot["position"])
+        length = self.sequences.length
+        groups: list[Chains | None] = []
+        for saved in snapshot["groups"]:
+            blocks = saved and len(saved["x0"]) // self.batch_size
+            groups.append(saved and Chains(**saved, mask_id=self.mask_id, num_blocks=blocks))
+        for chains in filter(None, groups):
+            check_same("sequence length", chains.num_blocks * chains.x0.shape[1], length)
+        for size in self.block_size.values if self.block_size is not None else ():
+            check_block_size(size, length)
+        self.seed = snapshot["seed"]
+        self.step = snapshot["step"]
+        self.groups = [chains and chains.to(self.device) for chains in groups]
+        self._on_host = {i: copy_to_host(_for_host(chains)) for i, chains in enumerate(groups) if chains is not None}
+
+
+def _for_host(chains: Chains) -> Tensor:
+    """Tell of each chain whether it is over, and how many positions are masked, (2, N) int64."""
+    return torch.stack([chains.done.long(), chains.masked.sum(1)])
+
+
+def check_same(what: str, saved: int, now: int) -> None:
+    """Check that a checkpoint is of such a run.
+
+    Raises:
+        ValueError: If not.
+    """
+    if saved != now:
+        raise ValueError(
+            f"{what}: expected {saved}, as in the checkpoint, got {now}; resume with {saved}, or start a new run from "
+            "its weights with init_from"
+        )
+
+
+def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start copying a tensor to the CPU.
+
+    Args:
+        tensor: On any device.
+
+    Returns:
+        What returns the copy. On a GPU it waits for the copy, and so for what the GPU had been given before it, but not
+        for anything it was given since.
+    """
+    copy = tensor.to("cpu", non_blocking=tensor.is_cuda)  # pinned where it does not block
+    if not tensor.is_cuda:
+        return lambda: copy
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
