@@ -8,7 +8,7 @@ from torch import Tensor
 
 from puma_lightning.models import TransformerBackbone, block_attention
 from puma_lightning.models.block_attention import BlockByBlock, attend, attention_mask, block_mask, sees
-from puma_lightning.models.transformer import KeyValueCache
+from puma_lightning.models.cache import KeyValueCache
 
 CPU = torch.device("cpu")
 

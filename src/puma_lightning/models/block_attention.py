@@ -1,4 +1,4 @@
-"""Who sees whom in block diffusion: one rule, as a mask for SDPA or for FlexAttention, or block by block."""
+"""The mask of block diffusion: which position sees which, for SDPA, for FlexAttention, or block by block."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-# Where one call of SDPA for each block is faster than one with a mask on a CPU.
+# From these sizes on, one call of SDPA for each block is faster on a CPU than one call with a mask.
 FEWEST_POSITIONS, MOST_BLOCKS = 32, 16
 
 
 class BlockByBlock(NamedTuple):
-    """The rule as one call of SDPA for each block, on the keys it sees: nothing is computed to be masked.
+    """The mask as one call of SDPA for each block, on the keys that it sees: nothing is computed to be masked.
 
     Attributes:
         noisy: Length of xt in ``[xt ; x0]``.
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 
 
 def sees(query: Tensor, key: Tensor, noisy: int, block_size: int) -> Tensor:
-    """The rule of block diffusion (section 3 of arXiv 2503.09573), for rows ``[xt ; x0]``.
+    """Tell which position sees which in block diffusion, for rows ``[xt ; x0]`` (section 3 of arXiv 2503.09573).
 
     A block of xt sees itself and the blocks of x0 before it; a block of x0 sees itself and the blocks of x0 before it.
-    So no clean position sees a noisy one, and what the clean ones compute can be kept.
+    No clean position sees a noisy one, so what the clean positions compute can be kept.
 
     Args:
         query: Indices into ``[xt ; x0]``, int64 of any shape.
-        key: Indices of what they look at, broadcast with ``query``.
+        key: Indices of the positions that the queries look at, broadcast with ``query``.
         noisy: Length of xt; 0 for rows that are x0 alone.
         block_size: Length of a block.
 
     Returns:
-        Whether they see it, bool.
+        True where the query sees the key, bool.
     """
     clean_query, clean_key = query >= noisy, key >= noisy
     query_block = torch.where(clean_query, query - noisy, query) // block_size
@@ -57,14 +57,14 @@ def sees(query: Tensor, key: Tensor, noisy: int, block_size: int) -> Tensor:
 def attention_mask(
     start: int, end: int, noisy: int, block_size: int, device: torch.device, flex: bool
 ) -> AttentionMask:
-    """The rule in the form that is fastest, for the queries start..end-1 and the keys 0..end-1.
+    """Return the mask in the form that is fastest, for the queries start..end-1 and the keys 0..end-1.
 
     Args:
         start: Index of the first query: how many positions a cache holds.
         end: Number of keys.
         noisy: Length of xt in ``[xt ; x0]``.
         block_size: Length of a block.
-        device: Where it is needed.
+        device: Where the mask is needed.
         flex: Whether FlexAttention can be used.
 
     Returns:
@@ -79,18 +79,18 @@ def attention_mask(
 
 @lru_cache(maxsize=4)
 def block_mask(start: int, end: int, noisy: int, block_size: int, device: torch.device, flex: bool) -> AttentionMask:
-    """The rule as a mask, for the queries start..end-1 and the keys 0..end-1.
+    """Return the mask as a tensor or a ``BlockMask``, for the queries start..end-1 and the keys 0..end-1.
 
     Args:
         start: Index of the first query: how many positions a cache holds.
         end: Number of keys.
         noisy: Length of xt in ``[xt ; x0]``.
         block_size: Length of a block.
-        device: Where it is needed.
-        flex: Whether for FlexAttention, which skips what nobody sees.
+        device: Where the mask is needed.
+        flex: Whether for FlexAttention, which skips blocks of the matrix that are all masked.
 
     Returns:
-        ``(end - start, end)``: bool for SDPA, or a ``BlockMask``.
+        (end - start, end), bool for SDPA; or a ``BlockMask``.
     """
     # Made in evaluation, a mask is kept for training, which cannot save inference tensors for its backward pass.
     with torch.inference_mode(False):
@@ -112,19 +112,19 @@ def _block_mask(start: int, end: int, noisy: int, block_size: int, device: torch
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dropout: float, causal: bool, grouped: bool
 ) -> Tensor:
-    """Attention by FlexAttention where the mask is one of its own, else by SDPA, in one call or block by block.
+    """Attend by FlexAttention where the mask is a ``BlockMask``, else by SDPA, in one call or block by block.
 
     Args:
-        q: Queries ``(B, H, n, E)``.
-        k: Keys ``(B, G, m, E)``.
-        v: Values ``(B, G, m, E)``.
+        q: Queries, (B, H, n, E).
+        k: Keys, (B, G, m, E).
+        v: Values, (B, G, m, E).
         mask: From ``attention_mask``; None to see everything.
         dropout: Probability of dropping an attention weight; not with FlexAttention.
         causal: Whether each of n = m positions sees those up to itself only.
         grouped: Whether G divides H instead of being equal to it.
 
     Returns:
-        ``(B, H, n, E)``.
+        The attended values, (B, H, n, E).
     """
     if isinstance(mask, BlockByBlock):
         by_block: Tensor = _attend_block_by_block(q, k, v, mask, dropout, grouped)
@@ -155,7 +155,7 @@ def _attend_block_by_block(
 
 
 def can_flex(x: Tensor, head_dim: int, dropout: float) -> bool:
-    """Whether FlexAttention can be used for what ``x`` (in its dtype and on its device) is turned into.
+    """Tell whether FlexAttention can be used on tensors of the dtype and device of ``x``.
 
     Its kernels are for CUDA, heads of 16 channels or more, at most float32, and know no dropout.
     """
@@ -171,5 +171,5 @@ def _flex_attention() -> Any:
 
 @lru_cache(maxsize=1)
 def _compiled(function: Any) -> Any:
-    """As a fused kernel; uncompiled it would make the whole matrix of scores."""
+    """Compile into a fused kernel; uncompiled it would make the whole matrix of scores."""
     return torch.compile(function)

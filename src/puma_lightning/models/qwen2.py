@@ -34,7 +34,9 @@ def read_qwen2(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
             tensors |= load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read as safetensors ({error}); fetch it again") from error
+            raise ValueError(
+                f"{file}: expected safetensors, got a file that cannot be read as such ({error}); fetch it again"
+            ) from error
     tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
     if config.get("tie_word_embeddings") and "embed_tokens.weight" in tensors:
         # The tied twin is left out of the file.
@@ -45,8 +47,8 @@ def read_qwen2(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _download(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
-            f"expected a checkpoint, a folder with config.json and model.safetensors, or a model's name on the "
-            f"Hugging Face hub such as Qwen/Qwen2-0.5B; found none at {name}"
+            "init_from: expected a checkpoint, a folder with config.json and model.safetensors, or a model's name on "
+            f"the Hugging Face hub such as Qwen/Qwen2-0.5B, got {name}, where there is none of these; check the path"
         )
     with from_hub("init_from", name, "a local folder with its config.json and safetensors files"):
         return Path(
@@ -55,7 +57,7 @@ def _download(name: str) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, of one piece or of several."""
+    """Return the safetensors files of a model, which may be one or several."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(_json(index, "the index of the weights")["weight_map"].values()))
@@ -64,7 +66,7 @@ def _files(folder: Path) -> list[Path]:
     files = [folder / name for name in names]
     for file in files:
         if not file.is_file():
-            raise ValueError(f"expected weights at {file}, found none; save the model as safetensors there")
+            raise ValueError(f"{file}: expected weights, found no such file; save the model as safetensors there")
     return files
 
 
@@ -73,13 +75,13 @@ def _json(file: Path, what: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(file.read_text())
         return content
     except FileNotFoundError:
-        raise ValueError(f"expected {what} at {file}, found none") from None
+        raise ValueError(f"{file}: expected {what}, found no such file; fetch it again") from None
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise ValueError(f"{file}: expected JSON, got: {error}; fetch it again") from error
 
 
 def _settings(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """What the shapes of the weights do not show; refuses what ``TransformerBackbone`` does not do."""
+    """Return what the shapes of the weights do not show; refuse what ``TransformerBackbone`` does not do."""
     rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     for what, got, expected in (
@@ -89,7 +91,9 @@ def _settings(config: dict[str, Any], name: str) -> dict[str, Any]:
         ("use_sliding_window", bool(config.get("use_sliding_window")), False),
     ):
         if got != expected:
-            raise ValueError(f"{name} has {what} = {got}; weights of Qwen2 models with {expected!r} can be used")
+            raise ValueError(
+                f"{name}: expected {what} = {expected!r}, as plain Qwen2 models have, got {got!r}; use one of those"
+            )
     return {
         "num_heads": config["num_attention_heads"],
         "num_kv_heads": config.get("num_key_value_heads", config["num_attention_heads"]),

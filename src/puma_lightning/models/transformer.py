@@ -17,28 +17,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from puma_lightning.models.block_attention import attend, attention_mask, can_flex
+from puma_lightning.models.cache import KeyValueCache
 
 if TYPE_CHECKING:
     from puma_lightning.models.block_attention import AttentionMask
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864): turn ``(x[i], x[i + E/2])`` by the i-th angle of its position.
+    """Turn ``(x[i], x[i + E/2])`` by the i-th angle of its position: rotary embedding (arXiv 2104.09864).
 
     Args:
-        x: queries or keys ``(B, heads, L, E)``.
-        cos: cosines of the angles ``(L, E/2)`` in float32.
-        sin: sines of the angles ``(L, E/2)`` in float32.
+        x: Queries or keys, (B, heads, L, E).
+        cos: Cosines of the angles, (L, E/2) float32.
+        sin: Sines of the angles, (L, E/2) float32.
 
     Returns:
-        The rotated ``(B, heads, L, E)`` in x's dtype; the rotation itself is done in float32 or better.
+        The rotated queries or keys, (B, heads, L, E), in x's dtype; the rotation is done in float32 or better.
     """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 class RotaryTable(nn.Module):
-    """Cosines and sines of all rotary angles, ``(max_length, E/2)`` each, never part of the state dict."""
+    """Cosines and sines of all rotary angles, (max_length, E/2) each, never part of the state dict."""
 
     cos: Tensor
     sin: Tensor
@@ -57,51 +58,14 @@ class RotaryTable(nn.Module):
         return angles.cos(), angles.sin()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
-        # Module.to(bfloat16) would round the angles and to_empty() would leave them unset: compute them anew.
+        # Module.to(bfloat16) would round the angles and to_empty() would leave them unset: compute them again.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.cos, self.sin = self._table(self.cos.device)
         return self
 
     def forward(self, end: int, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``(end - start, E/2)`` of the positions start..end-1."""
+        """Return cosines and sines, (end - start, E/2), of the positions start..end-1."""
         return self.cos[start:end], self.sin[start:end]
-
-
-class KeyValueCache:
-    """Keys and values of the positions a backbone has read, so that the next ones need not read them again.
-
-    Attributes:
-        length: Number of positions held.
-        layers: Keys and values of every layer, ``(B, G, capacity, E)`` each.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values ``(B, G, n, E)`` of n new positions; return those of all positions so far."""
-        end = self.length + k.shape[2]
-        if layer == len(self.layers):
-            shape = (*k.shape[:2], self.capacity, k.shape[3])
-            self.layers.append((k.new_empty(shape), v.new_empty(shape)))
-        keys, values = self.layers[layer]
-        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
-        return keys[:, :, :end], values[:, :, :end]
-
-    def select(self, rows: Tensor) -> KeyValueCache:
-        """A cache of these rows ``(n,)`` of the batch alone."""
-        cache = KeyValueCache(self.capacity)
-        cache.length = self.length
-        for keys, values in self.layers:
-            cache.layers.append((self._rows(keys, rows), self._rows(values, rows)))
-        return cache
-
-    def _rows(self, held: Tensor, rows: Tensor) -> Tensor:
-        chosen = held.new_empty(len(rows), *held.shape[1:])
-        # What is not filled yet need not be copied.
-        chosen[:, :, : self.length] = held[rows, :, : self.length]
-        return chosen
 
 
 class Attention(nn.Module):
@@ -133,7 +97,7 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """Attend within each row, and to what the cache holds of it: ``(B, L, D) -> (B, L, D)``."""
+        """Attend within each row, and to what the cache holds of it: (B, L, D) to (B, L, D)."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or G, L, E)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -161,7 +125,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each position on its own: ``(B, L, D) -> (B, L, D)``."""
+        """Each position on its own: (B, L, D) to (B, L, D)."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -196,14 +160,14 @@ class Layer(nn.Module):
         cache: KeyValueCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """One layer: ``(B, L, D) -> (B, L, D)``."""
+        """One layer: (B, L, D) to (B, L, D)."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer))
         x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return x
 
 
 class TransformerBackbone(nn.Module):
-    """Qwen2-style transformer from token ids ``(B, L)`` to logits ``(B, L, V)``.
+    """Qwen2-style transformer from token ids (B, L) to logits (B, L, V).
 
     Any module with such a ``forward`` and an attribute ``vocab_size`` can replace it.
 
@@ -266,23 +230,22 @@ class TransformerBackbone(nn.Module):
         }
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"Expected {name} >= 1, got {size}: set it to a positive integer.")
+                raise ValueError(f"{name}: expected at least 1, got {size}; set it to a positive integer")
         if hidden_size % (2 * num_heads):
             raise ValueError(
-                "Expected hidden_size / num_heads to be an even integer (rotary embedding pairs channels), "
-                f"got {hidden_size} / {num_heads}: make hidden_size a multiple of {2 * num_heads}."
+                f"hidden_size: expected a multiple of 2 * num_heads = {2 * num_heads} (rotary embedding pairs the "
+                f"channels of a head), got {hidden_size}; choose such a multiple"
             )
         if num_heads % num_kv_heads:
             raise ValueError(
-                f"Expected num_heads to be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}: "
-                f"choose num_kv_heads among the divisors of {num_heads}."
+                f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}; choose one"
             )
         if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"Expected 0 <= dropout < 1, got {dropout}: 0 turns dropout off.")
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}; 0 turns dropout off")
         if not (rope_theta > 0.0 and norm_eps > 0.0):
             raise ValueError(
-                f"Expected rope_theta > 0 and norm_eps > 0, got {rope_theta} and {norm_eps}: "
-                "the usual values are 10000.0 and 1e-6."
+                f"rope_theta, norm_eps: expected positive numbers, got {rope_theta} and {norm_eps}; the usual values "
+                "are 10000.0 and 1e-6"
             )
         self.vocab_size, self.max_length, self.causal, self.dropout = vocab_size, max_length, causal, dropout
         self.activation_checkpointing = activation_checkpointing
@@ -334,7 +297,7 @@ class TransformerBackbone(nn.Module):
 
     @property
     def settings(self) -> dict[str, float]:
-        """What changes the function that the weights compute, but none of their shapes."""
+        """The settings that change the function that the weights compute, but none of their shapes."""
         return dict(self._settings)
 
     def hidden_states(
@@ -344,18 +307,20 @@ class TransformerBackbone(nn.Module):
         block_size: int | None = None,
         clean: Tensor | None = None,
     ) -> Tensor:
-        """What ``lm_head`` turns into logits, after the final norm: ``(B, L)`` int64 -> ``(B, L, D)``.
+        """Return what ``lm_head`` turns into logits, after the final norm: (B, L) int64 to (B, L, D).
 
         Args:
             input_ids: The tokens; with a cache, those that follow on the positions it holds.
-            cache: Keys and values of earlier positions, to which these are added. It is what a causal model reads
-                of them; in a bidirectional one they do not see what comes later.
-            block_size: If given, a position sees its own block and those before it; see ``sees``.
-            clean: With a block size, x0 as the blocks before each block of ``input_ids`` are to be seen; at the same
-                positions, ``(B, L')`` with L' <= L. The last block of x0 is seen by nobody and can be left out.
+            cache: Keys and values of earlier positions, to which those of ``input_ids`` are added. In a causal model
+                this gives what reading all positions at once gives. In a bidirectional model it does not: the earlier
+                positions do not see the later ones.
+            block_size: If given, a position sees its own block and the blocks before it; see ``sees``.
+            clean: With a block size, clean tokens that stand at the same positions as ``input_ids``, (B, L') with
+                L' <= L: each block of ``input_ids`` then sees these in place of the earlier blocks of ``input_ids``. No
+                position sees the last block of x0, so it can be left out.
 
         Returns:
-            The hidden states ``(B, L, D)``; with ``clean``, those of both in a row ``(B, L + L', D)``.
+            The hidden states, (B, L, D); with ``clean``, those of both one after the other, (B, L + L', D).
 
         Raises:
             ValueError: If the sequences are longer than ``max_length``.
@@ -364,8 +329,8 @@ class TransformerBackbone(nn.Module):
         end = start + input_ids.shape[1]
         if end > self.max_length:
             raise ValueError(
-                f"Expected at most max_length = {self.max_length} positions, got {end}: "
-                "shorten the sequences or build the model with a larger max_length."
+                f"max_length: expected at most {self.max_length} positions, got {end}; shorten the sequences, or build "
+                "the model with a larger max_length"
             )
         noisy = 0
         cos, sin = self.rotary(end, start)
@@ -397,6 +362,6 @@ class TransformerBackbone(nn.Module):
         return out
 
     def forward(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits of the token at every position: ``(B, L)`` int64 -> ``(B, L, V)``; see ``hidden_states``."""
+        """Return logits of the token at every position: (B, L) int64 to (B, L, V); see ``hidden_states``."""
         logits: Tensor = self.lm_head(self.hidden_states(input_ids, cache))
         return logits

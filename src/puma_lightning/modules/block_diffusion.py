@@ -14,7 +14,7 @@ from puma_lightning.chain.chains import Chains
 from puma_lightning.chain.stages import StepSchedule
 from puma_lightning.chain.student import AnySampler, BlockSampler, Sample, Sampler
 from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking
-from puma_lightning.models.transformer import KeyValueCache
+from puma_lightning.models.cache import KeyValueCache
 from puma_lightning.modules.generative import check_eos
 from puma_lightning.modules.masked_diffusion import MaskedDiffusion
 from puma_lightning.output.alignment import align
