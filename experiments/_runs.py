@@ -150,7 +150,7 @@ def _settings(run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> di
     for config in configs:
         if not config.is_file():
             raise SystemExit(f"expected a config at {config}, found none")
-    made = hashlib.sha256(b"".join(config.read_bytes() for config in configs)).hexdigest()
+    made = hashlib.sha256(json.dumps([read_config(config) for config in configs]).encode()).hexdigest()
     start = None if run.start is None else _settings(runs[run.start], seed, flags, runs)
     return {"words": words, "start": start, "config_sha256": made}
 
@@ -158,6 +158,21 @@ def _settings(run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> di
 def _config(word: str) -> Path:
     """As seen from here, or relative to the root of the repository as in ``Run``."""
     return Path(word).absolute() if Path(word).is_file() else ROOT / word
+
+
+def read_config(path: Path) -> Any:
+    """Read a config, with the parts that it names, which are files next to it."""
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: whole(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [whole(inner) for inner in value]
+        named = isinstance(value, str) and value.endswith(".yaml")
+        return read_config(path.parent / value) if named else value
+
+    content = yaml.safe_load(path.read_text())
+    return whole(content) if isinstance(content, dict) else content
 
 
 def _claim(target: Path, run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> None:

@@ -1,6 +1,13 @@
 """Settings for all tests: one thread, so that sums have one order, and no advice about loaders."""
 
+import contextlib
+import io
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
 import torch
+import yaml
 
 torch.set_num_threads(1)
 
@@ -18,3 +25,18 @@ def pytest_configure(config) -> None:
         ".*enable_checkpointing.*",
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+@pytest.fixture(scope="session")
+def parsed():
+    """From the path of a config to what the command line makes of it, with all defaults and all parts."""
+    from puma_lightning.cli import main
+
+    @lru_cache
+    def text(path: Path) -> str:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+            main(["fit", "--config", str(path), "--print_config"])
+        return printed.getvalue()
+
+    return lambda path: yaml.safe_load(text(path))

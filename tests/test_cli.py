@@ -51,8 +51,9 @@ def quick():
     for name, number in (("max_steps: 1200", 6), ("val_check_interval: 300", 3), ("every_n_train_steps: 300", 3)):
         assert name in text
         text = text.replace(name, f"{name.split(':')[0]}: {number}")
-    Path("quick.yaml").write_text(text)
-    return Path("quick.yaml")
+    Path("configs").mkdir(exist_ok=True)
+    Path("configs/quickstart.yaml").write_text(text)
+    return Path("configs/quickstart.yaml")
 
 
 def fit(*options):
@@ -69,7 +70,9 @@ def evaluated(folder):
 @pytest.mark.parametrize(
     "config",
     sorted(
-        str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.parent.name in ("configs", "sudoku")
+        str(path.relative_to(CONFIGS))
+        for path in CONFIGS.rglob("*.yaml")
+        if path.parent.name in ("configs", "sudoku") and "model:" in path.read_text()
     ),
 )
 def test_every_config_runs(config):
@@ -86,14 +89,70 @@ def test_every_config_runs(config):
         ("small_self_aligned", "SelfAlignedMasking"),
     ],
 )
-def test_baseline_and_others_differ_in_one_block(name, process):
+def test_baseline_and_others_differ_in_one_block(name, process, parsed):
     names = ("small_mdm" if "small" in name else "mdm", name)
-    mdm, other = (yaml.safe_load((CONFIGS / "sudoku" / f"{name}.yaml").read_text()) for name in names)
-    for config, name, expected in zip((mdm, other), names, ("RandomMasking", process), strict=True):
-        assert config["model"]["init_args"].pop("forward_process")["class_path"] == expected
-        for logger in config["trainer"]["logger"]:
-            assert logger["init_args"].pop("name") == f"sudoku/{name}"
+    mdm, other = (parsed(CONFIGS / "sudoku" / f"{name}.yaml") for name in names)
+    for config, expected in zip((mdm, other), ("RandomMasking", process), strict=True):
+        assert config["model"]["init_args"].pop("forward_process")["class_path"] == f"puma_lightning.{expected}"
     assert mdm == other
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "folder"),
+    [
+        ("configs/sudoku/mine.yaml", (), "sudoku/mine"),
+        ("mine.yaml", (), "mine"),
+        ("mine.yaml", ("--name", "a/b"), "a/b"),
+    ],
+)
+def test_a_run_has_a_name(config, options, folder):
+    """By default that of its config; both loggers use it, and what was saved goes on under it."""
+    Path(config).parent.mkdir(parents=True, exist_ok=True)
+    Path(config).write_text(quick().read_text())
+    tiny = ("--trainer.max_steps=1", "--trainer.val_check_interval=5", "--trainer.log_every_n_steps=1", *options)
+    run("fit", *tiny, config=Path(config))
+    saved = Path("runs", folder, "version_0")
+    assert yaml.safe_load((saved / "config.yaml").read_text())["name"] == folder
+    assert (saved / "metrics.csv").exists() and list(saved.glob("events.out.tfevents.*"))
+    main(["fit", "--config", str(saved / "config.yaml")])
+    assert (Path("runs", folder, "version_1") / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["", "/somewhere", "../other", "a/../../b"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(name, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", "--name", name, "--trainer.max_steps=1")
+    assert "name: expected a path below runs/" in capsys.readouterr().err
+
+
+def test_a_logger_that_is_given_wins():
+    run(
+        "fit",
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=logs",
+        "--trainer.max_steps=1",
+        "--trainer.log_every_n_steps=1",
+    )
+    assert not Path("runs").exists() and list(Path("logs").rglob("metrics.csv"))
+
+
+def test_a_config_finds_its_parts_from_anywhere_and_they_can_be_overridden(parsed, capsys):
+    """By flags and by a second config."""
+    changes = {
+        "data": {"init_args": {"seed": 7}},
+        "model": {"init_args": {"backbone": {"init_args": {"num_layers": 3}}}},
+    }
+    Path("changes.yaml").write_text(yaml.safe_dump(changes))
+    config = CONFIGS / "sudoku" / "puma.yaml"
+    flags = ["--trainer.max_steps=5", "--data.augment=3", "--trainer.callbacks+=DeviceStatsMonitor"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config), "--config", "changes.yaml", *flags, "--print_config"])
+    got, expected = yaml.safe_load(capsys.readouterr().out), parsed(config)
+    expected["data"]["init_args"].update(seed=7, augment=3)
+    expected["model"]["init_args"]["backbone"]["init_args"]["num_layers"] = 3
+    expected["trainer"]["max_steps"] = 5
+    assert got["trainer"]["callbacks"].pop()["class_path"].endswith("DeviceStatsMonitor")
+    assert got == expected
 
 
 def test_fit_leaves_everything_a_user_needs(capsys):
@@ -170,14 +229,17 @@ def test_predict_writes_one_json_line_a_puzzle():
         ("--model.init_args.forward_process.init_args.thresold=0.9", "Option 'thresold' is not accepted"),
         (
             "--model.init_args.forward_process.init_args.threshold=1.5",
-            r"threshold must be in \(0, 1\].* got 1.5",
+            r"threshold: expected .*, got 1.5",
         ),
-        ("--model.init_args.forward_process.init_args.num_stages=0", "num_stages must be at least 1, got 0"),
+        (
+            "--model.init_args.forward_process.init_args.num_stages=0",
+            "num_stages: expected values of at least 1, got 0",
+        ),
         (
             "--model.init_args.forward_process.init_args.num_stages=[[0, 4], [0, 6]]",
-            "steps of a schedule must increase",
+            "num_stages: expected steps that increase",
         ),
-        ("--model.init_args.sampler.init_args.top_p=0", r"top_p must be in \(0, 1\], got 0"),
+        ("--model.init_args.sampler.init_args.top_p=0", r"top_p: expected .*, got 0"),
         ("--trainer.max_steps=many", "max_steps.*\n.*int"),
         ("--data.order=5", "order: expected.*5"),
         ("--model.init_args.forward_process=NoSuchProcess", "NoSuchProcess"),
@@ -258,7 +320,15 @@ class Numbers(pl.LightningDataModule):
 def test_two_processes_share_the_work_and_resume_exactly():
     """As a user runs it: the launcher starts `python -m puma_lightning` again for the second process."""
     quick()
-    command = [sys.executable, "-m", "puma_lightning", "fit", "--config=quick.yaml", *TINY, "--data.batch_size=4"]
+    command = [
+        sys.executable,
+        "-m",
+        "puma_lightning",
+        "fit",
+        "--config=configs/quickstart.yaml",
+        *TINY,
+        "--data.batch_size=4",
+    ]
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
     def weights(*options):
@@ -277,7 +347,7 @@ def test_two_processes_share_the_work_and_resume_exactly():
         assert torch.equal(tensor, second["state_dict"][name])
     # Sharding the validation over two processes changes nothing but who does it.
     two_processes = evaluated(whole.parents[1])
-    run("validate", "--ckpt_path", str(whole), config=Path("quick.yaml"))
+    run("validate", "--ckpt_path", str(whole), config=Path("configs/quickstart.yaml"))
     one_process = evaluated(max(Path("runs/quickstart").iterdir()))
     assert one_process.keys() == two_processes.keys() >= {"val/cells/confidence_1", "val/nfe/confidence_1"}
     for name, value in one_process.items():

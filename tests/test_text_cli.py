@@ -68,7 +68,10 @@ def start_weights(**changes):
     return ["--model.init_args.init_from=ar.ckpt"]
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("[tw]*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+METHODS = [path for path in sorted(CONFIGS.glob("[tw]*/*.yaml")) if "model:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_config_runs(path):
     scale, name = path.parent.name, path.stem
     assert name in (*NAMES, *BLOCK_NAMES[scale])
@@ -84,36 +87,43 @@ def test_every_config_runs(path):
 
 
 @pytest.mark.parametrize("scale", ["tinygsm", "words"])
-def test_configs_differ_in_what_they_are_named_for_only(scale):
-    configs = {name: yaml.safe_load((CONFIGS / scale / f"{name}.yaml").read_text()) for name in NAMES}
+def test_configs_differ_in_what_they_are_named_for_only(scale, parsed):
+    configs = {name: parsed(CONFIGS / scale / f"{name}.yaml") for name in NAMES}
     for name, config in configs.items():
         model = config["model"]["init_args"]
         assert (model.get("init_from") is not None) == model.get("shifted", False) == name.endswith("from_ar")
         for key in ("init_from", "shifted"):
             model.pop(key, None)
-        process = model.pop("forward_process", {}).get("class_path")
-        assert process == (None if name == "ar" else "RandomMasking" if "mdm" in name else "ProgressiveUnmasking")
+        process = model.pop("forward_process", {}).get("class_path", "").removeprefix("puma_lightning.")
+        assert process == ("" if name == "ar" else "RandomMasking" if "mdm" in name else "ProgressiveUnmasking")
         assert model["backbone"]["init_args"].pop("causal") == (name == "ar")
-        for logger in config["trainer"]["logger"]:
-            assert logger["init_args"].pop("name") == f"{scale}/{name}"
     assert all(configs[name] == configs["mdm"] for name in NAMES if name != "ar")
     for part in (configs["ar"], configs["mdm"]):
         del part["model"]["class_path"], part["model"]["init_args"]["sampler"]
         callbacks = part["trainer"]["callbacks"]
-        part["trainer"]["callbacks"] = [c for c in callbacks if "monitor" not in c.get("init_args", {})]
+        part["trainer"]["callbacks"] = [c for c in callbacks if not c.get("init_args", {}).get("monitor")]
         del part["trainer"]["callbacks"][0]["init_args"]["samplers"]
     assert configs["ar"] == configs["mdm"]
 
 
+def whole(value):
+    """A config of the words with its parts."""
+    if isinstance(value, dict):
+        return {name: whole(inner) for name, inner in value.items()}
+    named = isinstance(value, str) and value.endswith(".yaml")
+    return whole(yaml.safe_load((CONFIGS / "words" / value).read_text())) if named else value
+
+
 def write_config(name, changes=()):
     """A config of the words, but 2 steps, validated and saved after both; `changes` are pairs of old and new text."""
-    text = (CONFIGS / "words" / f"{name}.yaml").read_text()
+    text = yaml.safe_dump(whole(f"{name}.yaml"))
     replaced = [("max_steps: 1200", "max_steps: 2"), ("val_check_interval: 300", "val_check_interval: 2")]
     for old, new in [*replaced, ("every_n_train_steps: 100", "every_n_train_steps: 2"), *changes]:
         assert old in text
         text = text.replace(old, new)
-    Path(f"{name}.yaml").write_text(text)
-    return ["fit", "--config", f"{name}.yaml", *SMALL, *WORDS]
+    Path("configs/words").mkdir(parents=True, exist_ok=True)
+    Path(f"configs/words/{name}.yaml").write_text(text)
+    return ["fit", "--config", f"configs/words/{name}.yaml", *SMALL, *WORDS]
 
 
 def fit(name, *options):
@@ -134,7 +144,7 @@ def test_from_autoregressive_weights_to_judged_predictions(capsys):
 
     for name, folder in (("ar", ar), ("puma_from_ar", run)):
         checkpoint = str(folder / "checkpoints/last.ckpt")
-        main(["predict", "--config", f"{name}.yaml", *SMALL, *WORDS, "--ckpt_path", checkpoint])
+        main(["predict", "--config", f"configs/words/{name}.yaml", *SMALL, *WORDS, "--ckpt_path", checkpoint])
         (written,) = Path("runs/words", name).rglob("predictions.jsonl")
         lines = [json.loads(line) for line in written.read_text().splitlines()]
         assert len(lines) == 5
@@ -152,7 +162,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused():
 
 
 def test_a_missing_or_misshapen_start_is_told_before_training():
-    with pytest.raises(ValueError, match=r"no checkpoint at runs/words/ar/version_0/checkpoints/last.ckpt"):
+    with pytest.raises(ValueError, match=r"found no file at runs/words/ar/version_0/checkpoints/last.ckpt"):
         fit("puma_from_ar")
     with pytest.raises(ValueError, match=r"is \(300, 24\) instead of \(300, 16\)"):
         fit("puma_from_ar", *start_weights(hidden_size=24))
@@ -160,7 +170,7 @@ def test_a_missing_or_misshapen_start_is_told_before_training():
 
 
 def test_the_sampler_of_another_model_is_told_by_name():
-    with pytest.raises(ValueError, match=r"with a LeftToRightSampler, got a Sampler"):
+    with pytest.raises(ValueError, match=r"a LeftToRightSampler for AutoregressiveLM, got a Sampler"):
         fit("ar", "--trainer.callbacks+=GenerationEvaluation", "--trainer.callbacks.metrics={p: ProgramAccuracy}",
             "--trainer.callbacks.samplers=[{policy: Confidence}]")  # fmt: skip
 

@@ -8,40 +8,54 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import puma_lightning
 from puma_lightning.callbacks import GenerationEvaluation, PredictionWriter, StepProgressBar, UnmaskingTrajectory
 from puma_lightning.modules.base import StreamedModule
+from puma_lightning.training.lightning_internals import ConfigWinsCLI
 from puma_lightning.training.weights import load_checkpoint
 
 # Lightning's own command line calls these; its users can do nothing about it.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 SPECIAL_CHECKPOINTS = ("best", "last", "hpc", "registry")
+RUNS = "runs"  # the folder of all runs
 
 
-class PumaCLI(LightningCLI):
-    """LightningCLI with the links between data and model, and with the config always winning over a checkpoint."""
+class PumaCLI(ConfigWinsCLI):
+    """LightningCLI with the links between data and model, a name for every run, and errors in a sentence."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Take the vocabulary and the mask token from the DataModule."""
+        """Add the run's name; take the vocabulary and the mask token from the DataModule."""
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help=f"The run's name: it is logged to {RUNS}/NAME/version_N, for TensorBoard and as CSV, unless "
+            "trainer.logger says otherwise. By default the path of the first --config, from its folder `configs` on.",
+        )
         parser.link_arguments("data.mask_id", "model.init_args.mask_id", apply_on="instantiate")
         parser.link_arguments(
             "data.vocab_size", "model.init_args.backbone.init_args.vocab_size", apply_on="instantiate"
         )
         parser.link_arguments("data", "model.init_args.eos_id", compute_fn=_eos_id, apply_on="instantiate")
 
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would let the checkpoint's hyperparameters override the given ones unseen."""
-
     def before_instantiate_classes(self) -> None:
-        """Refuse an unreadable checkpoint before anything is built."""
-        path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
+        """Name the run; refuse an unreadable checkpoint before anything is built."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.name is None:
+            config.name = _name_of_config(config.config[0].relative if config.config else None)
+        if not _is_name(config.name):
+            self.parser.error(
+                f"name: expected a path below {RUNS}/, such as sudoku/puma, got {config.name!r}; leave out what leads "
+                "out of that folder"
+            )
+        path = config.get("ckpt_path") if self.subcommand else None
         if path and path not in SPECIAL_CHECKPOINTS and not str(path).startswith("registry"):
             load_checkpoint(path)
-        model = self.config[self.subcommand].model if self.subcommand else None
-        start = (model.get("init_args") or {}).get("init_from") if model else None
+        start = (config.model.get("init_args") or {}).get("init_from") if self.subcommand and config.model else None
         if start and not path and str(start).endswith(".ckpt"):
             load_checkpoint(start)  # before a large data set is prepared for nothing
         if self.subcommand in ("validate", "test", "predict") and not path and not start:
@@ -51,7 +65,7 @@ class PumaCLI(LightningCLI):
             )
 
     def instantiate_classes(self) -> None:
-        """Report an impossible value as the command line reports an unknown key: in a sentence, not a traceback."""
+        """Report an impossible value as an unknown key is reported: in a sentence, not in a traceback."""
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -61,14 +75,17 @@ class PumaCLI(LightningCLI):
             self.parser.error(str(cause))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the step progress bar and, for ``predict``, the writer, unless the config brings its own."""
-        config = self._get(self.config_init, "trainer", default={})
+        """Add loggers, the step progress bar and, for ``predict``, the writer, unless the config brings its own."""
+        run = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        config = run.get("trainer") or {}
         given = config.get("callbacks") or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(StepProgressBar())
         if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
             callbacks.append(PredictionWriter())
+        if config.get("logger") is None and "logger" not in kwargs:
+            kwargs["logger"] = [TensorBoardLogger(RUNS, run.name), CSVLogger(RUNS, run.name)]
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         for logger in trainer.loggers:
             # All loggers settle on a version before the first of them makes its folder.
@@ -76,7 +93,7 @@ class PumaCLI(LightningCLI):
         return trainer
 
     def after_fit(self) -> None:
-        """Say how it went and where everything is."""
+        """Print how the run went and where everything is."""
         trainer = self.trainer
         folder = trainer.log_dir  # asks all ranks, so it must not be left to rank 0
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
@@ -97,7 +114,7 @@ class PumaCLI(LightningCLI):
 
     @rank_zero_only
     def after_predict(self) -> None:
-        """Say where the predictions are."""
+        """Print where the predictions are."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter) and callback.output is not None:
                 print(f"Predictions: {_relative(callback.output)}")
@@ -106,6 +123,20 @@ class PumaCLI(LightningCLI):
 def _eos_id(data: LightningDataModule) -> int | None:
     eos_id: int | None = getattr(data, "eos_id", None)
     return eos_id
+
+
+def _name_of_config(path: str | None) -> str:
+    """Return the path of a config without its ending, from the folder ``configs`` on if it is in one."""
+    if path is None:
+        return "puma"
+    parts = Path(path).absolute().with_suffix("").parts
+    after = len(parts) - parts[::-1].index("configs") if "configs" in parts[:-1] else len(parts) - 1
+    return "/".join(parts[after:])
+
+
+def _is_name(name: str) -> bool:
+    path = Path(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _relative(path: str | Path) -> str:

@@ -439,7 +439,7 @@ def test_panels_show_what_some_run_logs(name, monkeypatch):
     for comparison in asked:
         made = {"val/loss", "chain/mismatch", "chain/sequences"}
         for run in comparison.runs.values():
-            config = yaml.safe_load(configs(run)[-1].read_text())
+            config = import_module("_runs").read_config(configs(run)[-1])
             for callback in config["trainer"]["callbacks"]:
                 if callback["class_path"] == "GenerationEvaluation":
                     made |= logged_names(callback["init_args"])
@@ -490,7 +490,7 @@ def logged_names(evaluation: dict) -> set[str]:
 
 def test_what_is_judged_was_not_trained_on(tmp_path):
     """The built-in puzzles of the small configs, and those of figure 4's policies."""
-    small = yaml.safe_load((EXPERIMENTS.parent / "configs/sudoku/small_puma.yaml").read_text())["data"]["init_args"]
+    small = yaml.safe_load((EXPERIMENTS.parent / "configs/sudoku/small_data.yaml").read_text())["init_args"]
     judged = yaml.safe_load((EXPERIMENTS / "policies.yaml").read_text())["data"]["init_args"]
     small = {**small, "num_train": 300, "cache_dir": tmp_path}
     boards = []

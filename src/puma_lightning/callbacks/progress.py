@@ -34,8 +34,9 @@ class StepProgressBar(TQDMProgressBar):
     ) -> None:
         """Show the number of optimizer steps taken."""
         bar = self.train_progress_bar
-        if self._should_update(trainer.global_step, bar.total or 0) and trainer.global_step != bar.n:
-            bar.n = trainer.global_step
+        step = trainer.global_step
+        if self.is_enabled and step != bar.n and (step % self.refresh_rate == 0 or step == bar.total):
+            bar.n = step
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.refresh()
 

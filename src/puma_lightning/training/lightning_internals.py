@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 
@@ -54,6 +55,16 @@ def count_step_once(trainer: pl.Trainer) -> None:
     """
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     total.ready, total.started = total.completed + 1, total.completed
+
+
+class ConfigWinsCLI(LightningCLI):
+    """LightningCLI in which the config always wins over a checkpoint.
+
+    Lightning would let the hyperparameters in a checkpoint override the given ones unseen.
+    """
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing."""
 
 
 class _WrappedSource(_DataLoaderSource):
