@@ -274,14 +274,14 @@ class Lockstep:
 
 
 @dataclass
-class Chains:
+class Started:
     """Chains that started within the window: occupancy[i, c] is how often chain i was in cell c."""
 
     cells: NDArray[np.int64]  # one row for each state: (chain, A, stage, revealed)
     lengths: NDArray[np.int64]
 
 
-def chains_started(trace: Trace, first: int, last: int, final_step: int) -> Chains:
+def chains_started(trace: Trace, first: int, last: int, final_step: int) -> Started:
     """All chains that started in steps first..last-1, followed to their ends: no chain is cut or favoured."""
     ids, index, lengths = np.unique(trace.ids, return_inverse=True, return_counts=True)
     start = np.full(len(ids), np.iinfo(np.int64).max)
@@ -294,17 +294,17 @@ def chains_started(trace: Trace, first: int, last: int, final_step: int) -> Chai
     number = np.cumsum(chosen) - 1
     keep = chosen[index]
     columns = (number[index], trace.answer, trace.stage, trace.revealed)
-    return Chains(np.stack([column[keep] for column in columns], axis=1), lengths[chosen])
+    return Started(np.stack([column[keep] for column in columns], axis=1), lengths[chosen])
 
 
-def occupancy(one: Chains, other: Chains) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def occupancy(one: Started, other: Started) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Chain by cell (A, stage, revealed); rare cells are pooled."""
     states = np.concatenate([one.cells[:, 1:], other.cells[:, 1:]])
     _, cell, total = np.unique(states, axis=0, return_inverse=True, return_counts=True)
     return _pooled(cell.ravel(), total, one.cells[:, 0], other.cells[:, 0], len(one.lengths), len(other.lengths))
 
 
-def length_cells(one: Chains, other: Chains) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def length_cells(one: Started, other: Started) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     _, cell, total = np.unique(np.concatenate([one.lengths, other.lengths]), return_inverse=True, return_counts=True)
     return _pooled(
         cell, total, np.arange(len(one.lengths)), np.arange(len(other.lengths)), len(one.lengths), len(other.lengths)
@@ -374,7 +374,7 @@ def compare(
     return {**result, "statistic_over_null_mean": round(observed / float(mean), 3), "p": float(f"{p:.3g}")}
 
 
-def planted(chains: Chains, share: float, rng: np.random.Generator) -> Chains:
+def planted(chains: Started, share: float, rng: np.random.Generator) -> Started:
     """The same chains, in a share of which one position more is revealed throughout: the test's power."""
     shift = rng.random(len(chains.lengths)) < share
     cells = chains.cells.copy()
@@ -487,7 +487,7 @@ def compare_runs(
     # Long enough for the staggered first chains to be over, and for the last ones to end.
     first, last = 4 * setting.num_stages, steps - 6 * setting.num_stages
 
-    def chains(trace: Trace) -> Chains:
+    def chains(trace: Trace) -> Started:
         return chains_started(trace, first, last, steps - 1)
 
     our_chains, trained = chains(ours), chains(published.where(~published.idle))

@@ -37,7 +37,7 @@ def make_rows(source: Path, target: Path, number: int) -> None:
 
 
 def prepare(file: str, tokenizer: str, folder: str) -> None:
-    from puma_lightning.data.tinygsm import TinyGSMDataModule
+    from puma_lightning.data.word_problems.tinygsm import TinyGSMDataModule
 
     data = TinyGSMDataModule(train_file=file, gsm8k_file=None, tokenizer=tokenizer, num_val=NUM_VAL, cache_dir=folder)
     loading = time.perf_counter()

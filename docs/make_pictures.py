@@ -16,7 +16,7 @@ from puma_lightning.chain.chains import Chains
 from puma_lightning.chain.policies import Confidence
 from puma_lightning.chain.reveal import reveal_at_random
 from puma_lightning.chain.teacher import ProgressiveUnmasking
-from puma_lightning.sudoku import geometry, solve
+from puma_lightning.data.sudoku import geometry, solve
 
 PUZZLE = "520000006000050100100000063200210640"
 ORDER, MASK_ID, NUM_STAGES = 6, 7, 6

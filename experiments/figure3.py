@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from puma_lightning import Confidence, MaskedDiffusion, Sample, Sampler, SudokuDataModule
-from puma_lightning.plots import draw_reveal_order
+from puma_lightning.callbacks.drawing import draw_reveal_order
 
 NUM_PUZZLES = 64
 SHOWN = 5  # models in the picture of orders
@@ -98,7 +98,7 @@ def main() -> None:
     # One puzzle of the last run, PUMA of the last seed.
     steps = [list(samples)[i] for i in sorted({round(i * (len(samples) - 1) / (SHOWN - 1)) for i in range(SHOWN)})]
     panels = [[(samples[step].tokens[0], samples[step].reveal_step[0], x0[0]) for step in steps]]
-    orders = draw_reveal_order(panels, [f"step {step:,}" for step in steps], data.order)
+    orders = draw_reveal_order(panels, [f"step {step:,}" for step in steps], data.grid)
     found = {m: {name: mean(curves(points, name, m)) for name in runs} for m in (AGREEMENT, SOLVED)}
     write(args, runs, points, found, {"": picture(points, runs), "_orders": orders})
     for name, run in runs.items():

@@ -13,7 +13,7 @@ import yaml
 
 from puma_lightning import AutoregressiveLM, MaskedDiffusion, TransformerBackbone
 from puma_lightning.cli import main
-from puma_lightning.words import make_problems
+from puma_lightning.data.word_problems import make_problems
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [

@@ -17,10 +17,10 @@ from puma_lightning.chain.teacher import (
     RandomMasking,
     SelfAlignedMasking,
 )
-from puma_lightning.data.sudoku import SudokuDataModule
-from puma_lightning.data.text import TextDataModule
-from puma_lightning.data.tinygsm import TinyGSMDataModule
-from puma_lightning.data.words import WordProblemsDataModule
+from puma_lightning.data.sudoku.datamodule import SudokuDataModule
+from puma_lightning.data.text.datamodule import TextDataModule
+from puma_lightning.data.word_problems.built_in import WordProblemsDataModule
+from puma_lightning.data.word_problems.tinygsm import TinyGSMDataModule
 from puma_lightning.metrics.programs import ProgramAccuracy
 from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved
 from puma_lightning.models import TransformerBackbone

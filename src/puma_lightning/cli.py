@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import puma_lightning
 from puma_lightning.callbacks import GenerationEvaluation, PredictionWriter, StepProgressBar, UnmaskingTrajectory
+from puma_lightning.data.base import Offered
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.training.lightning_internals import ConfigWinsCLI
 from puma_lightning.training.weights import load_checkpoint
@@ -36,11 +37,12 @@ class PumaCLI(ConfigWinsCLI):
             help=f"The run's name: it is logged to {RUNS}/NAME/version_N, for TensorBoard and as CSV, unless "
             "trainer.logger says otherwise. By default the path of the first --config, from its folder `configs` on.",
         )
-        parser.link_arguments("data.mask_id", "model.init_args.mask_id", apply_on="instantiate")
-        parser.link_arguments(
-            "data.vocab_size", "model.init_args.backbone.init_args.vocab_size", apply_on="instantiate"
-        )
-        parser.link_arguments("data", "model.init_args.eos_id", compute_fn=_eos_id, apply_on="instantiate")
+        for target, offered in (
+            ("model.init_args.mask_id", _mask_id),
+            ("model.init_args.backbone.init_args.vocab_size", _vocab_size),
+            ("model.init_args.eos_id", _eos_id),
+        ):
+            parser.link_arguments("data", target, compute_fn=offered, apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
         """Name the run; refuse an unreadable checkpoint before anything is built."""
@@ -120,9 +122,16 @@ class PumaCLI(ConfigWinsCLI):
                 print(f"Predictions: {_relative(callback.output)}")
 
 
+def _mask_id(data: LightningDataModule) -> int:
+    return Offered(data).mask_id
+
+
+def _vocab_size(data: LightningDataModule) -> int:
+    return Offered(data).vocab_size
+
+
 def _eos_id(data: LightningDataModule) -> int | None:
-    eos_id: int | None = getattr(data, "eos_id", None)
-    return eos_id
+    return Offered(data).eos_id
 
 
 def _name_of_config(path: str | None) -> str:

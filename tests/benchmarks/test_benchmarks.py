@@ -44,7 +44,7 @@ def test_comparison_of_chains_tells_alike_from_different(published_chain):
         revealed = rng.integers(0, 5, (1500, 4)) + (rng.random((1500, 1)) < shift)
         number = np.arange(1500).repeat(4)
         cells = np.stack([number, 0 * number, np.tile(np.arange(4), 1500), revealed.ravel()], axis=1)
-        return published_chain.Chains(cells, np.full(1500, 4))
+        return published_chain.Started(cells, np.full(1500, 4))
 
     def p_value(one, other) -> float:
         return published_chain.compare(published_chain.occupancy(one, other), rng)["p"]

@@ -176,7 +176,7 @@ def test_generation_runs_in_the_precision_of_the_run(tmp_path):
 def test_a_data_module_that_cannot_decode_is_told(tmp_path):
     data = Texts()
     data.decode = None
-    with pytest.raises(ValueError, match="needs decode"):
+    with pytest.raises(ValueError, match="decode: expected"):
         run(tmp_path, [GenerationEvaluation({"text": Equal()}, [Sampler()])]).validate(model(), datamodule=data)
 
 

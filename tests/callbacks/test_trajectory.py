@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 
 from puma_lightning import MaskedDiffusion, RandomMasking, TransformerBackbone, UnmaskingTrajectory
-from puma_lightning.plots import draw_reveal_order
+from puma_lightning.callbacks.drawing import draw_reveal_order
+from puma_lightning.data.sudoku.board import board_grid
 
 
 def watch(callback, tmp_path, step, length=36, first=True):
@@ -64,7 +65,8 @@ def test_other_processes_leave_the_picture_alone(tmp_path):
 @pytest.mark.parametrize(("length", "order", "cells"), [(16, None, 16), (16, 4, 16), (32, None, 32), (72, 6, 36)])
 def test_boards_are_drawn_as_boards_and_anything_else_as_a_strip(length, order, cells):
     tokens = torch.ones(length, dtype=torch.long)
-    figure = draw_reveal_order([[(tokens, torch.arange(length) - 1, tokens)]], ["title"], order)
+    grid = None if order is None else board_grid(length, order)
+    figure = draw_reveal_order([[(tokens, torch.arange(length) - 1, tokens)]], ["title"], grid)
     board = figure.axes[0]
     assert len(board.texts) == cells
     assert bool(board.get_ylim()[0] > 2) is (order is not None)

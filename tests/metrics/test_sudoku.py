@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from puma_lightning.data.sudoku import SudokuDataset
+from puma_lightning.data.sudoku.board import ORDERS, Boards, is_solved, random_symmetry
+from puma_lightning.data.sudoku.datamodule import SudokuDataset
+from puma_lightning.data.sudoku.generate import generate
 from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved, solved_grids
-from puma_lightning.sudoku.board import ORDERS, Boards, is_solved, random_symmetry
-from puma_lightning.sudoku.generate import generate
 
 LAYOUTS = ("in_place", "prompt_answer")
 boards_for = st.tuples(st.sampled_from(ORDERS), st.sampled_from(LAYOUTS))

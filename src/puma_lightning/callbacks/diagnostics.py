@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from puma_lightning.callbacks.drawing import draw_chains
 from puma_lightning.callbacks.pictures import save_picture
 from puma_lightning.chain.blocks import cut_blocks
 from puma_lightning.chain.chains import Chains
@@ -19,7 +20,6 @@ from puma_lightning.chain.student import AnySampler
 from puma_lightning.modules.masked_diffusion import MaskedDiffusion
 from puma_lightning.output.losses import negative_log_likelihood
 from puma_lightning.output.prediction import Prediction
-from puma_lightning.plots import draw_chains
 
 
 class ChainDiagnostics(Callback):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from puma_lightning.chain.student import AnySampler, Sample
-from puma_lightning.data.base import Batch
+from puma_lightning.data.base import Batch, Offered
 from puma_lightning.modules.generative import GenerativeModule, loader_suffix
 
 # What a metric's update can ask for, by name.
@@ -22,15 +22,15 @@ GIVEN = ("tokens", "input_ids", "prompt_mask", "completions", "answers")
 
 
 class GenerationEvaluation(Callback):
-    """Completes the prompts of the validation (or test) set with each sampler and logs each metric.
+    """Complete the prompts of the validation (or test) set with each sampler and log each metric.
 
-    Logs ``val/<metric>/<sampler>``, such as ``val/solved/confidence_1``, or, of a metric with several results,
-    ``val/<metric>_<result>/<sampler>``, such as ``val/program_accuracy/confidence_1``; and ``val/nfe/<sampler>``, the
-    mean number of forward passes. Each rank completes its own share of the set.
+    Log ``val/<metric>/<sampler>``, such as ``val/solved/confidence_1``, for a metric with one result. For a metric with
+    several results log ``val/<metric>_<result>/<sampler>``, such as ``val/program_accuracy/confidence_1``. Also log
+    ``val/nfe/<sampler>``, the mean number of forward passes. Each rank completes its own share of the set.
 
-    Metrics get what the arguments of their ``update`` ask for: ``tokens``, ``input_ids``, ``prompt_mask``, all (B, L),
-    ``completions`` and ``answers``, lists of text. The last two take a DataModule that decodes and batches with an
-    ``answer``; sets without answers are left alone by metrics that ask for them, with a warning if none has any.
+    Give a metric what the arguments of its ``update`` ask for: ``tokens``, ``input_ids`` and ``prompt_mask``, (B, L)
+    each; ``completions``, B texts, which the DataModule's ``decode`` makes; ``answers``, B texts, which are the batch's
+    ``answer``. A metric that asks for answers is left out on a set that has none, with a warning if no set has any.
 
     Args:
         metrics: By name.
@@ -75,11 +75,11 @@ class GenerationEvaluation(Callback):
         self._warned = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """A new run, which is warned anew."""
+        """Let a new run be warned again."""
         self._warned = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start counting anew."""
+        """Start to count."""
         self._results = {}
         self._seen = {}
         self._shown = []
@@ -111,11 +111,12 @@ class GenerationEvaluation(Callback):
             return
         self._seen[dataloader_idx] = seen + wanted
         batch = {name: column[:wanted] for name, column in batch.items()}
-        decode = getattr(trainer.datamodule, "decode", None)  # type: ignore[attr-defined]
+        decode = Offered(trainer.datamodule).decode  # type: ignore[attr-defined]
         if decode is None and any("completions" in arguments(metric) for metric in metrics.values()):
             raise ValueError(
-                "a metric asks for completions, which are text: the DataModule needs decode(tokens, prompt_mask) -> "
-                '{"prompt": ..., "completion": ...}'
+                "decode: expected a DataModule that has it, as a metric asks for completions, which are text, got "
+                "none; "
+                'define decode(tokens, prompt_mask) -> {"prompt": ..., "completion": ...}'
             )
         suffix = loader_suffix(trainer, dataloader_idx)
         for sampler in self.samplers:
@@ -211,12 +212,12 @@ class GenerationEvaluation(Callback):
 
 
 def arguments(metric: Metric) -> list[str]:
-    """What a metric asks for at every update."""
+    """Return what a metric asks for at every update."""
     return list(inspect.signature(metric.update).parameters)
 
 
 def decoded(tokens: Tensor, prompt_mask: Tensor | None, decode: Any) -> list[dict[str, str]]:
-    """The rows as text, by the ``decode`` of a DataModule; nothing if it has none."""
+    """Return the rows as text, by the ``decode`` of a DataModule; nothing if it has none."""
     if decode is None:
         return [{} for _ in tokens]
     if prompt_mask is not None:

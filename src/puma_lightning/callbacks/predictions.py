@@ -11,10 +11,11 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from puma_lightning.callbacks.generation import GenerationEvaluation, decoded
+from puma_lightning.data.base import Offered
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes one JSON object a sequence, in the order of the data set.
+    """Write one JSON object a sequence, in the order of the data set.
 
     Keys: ``index``, ``tokens``, ``reveal_step``, ``nfe``; ``dataloader`` where there are several; what the DataModule's
     ``decode(tokens, prompt_mask) -> dict[str, str]`` gives, such as ``prompt`` and ``completion``; ``answer`` where the
@@ -69,9 +70,9 @@ class PredictionWriter(BasePredictionWriter):
                 part.write(json.dumps({**record, **described[row]}) + "\n")
 
     def _described(self, trainer: pl.Trainer, tokens: Tensor, batch: Any) -> list[dict[str, Any]]:
-        """What can be said about each row beyond its tokens."""
+        """Return what can be said about each row beyond its tokens."""
         given = batch if isinstance(batch, dict) else {}
-        decode = getattr(trainer.datamodule, "decode", None)  # type: ignore[attr-defined]
+        decode = Offered(trainer.datamodule).decode  # type: ignore[attr-defined]
         rows: list[dict[str, Any]] = list(decoded(tokens, given.get("prompt_mask"), decode))
         answers = given.get("answer")
         if answers is not None:

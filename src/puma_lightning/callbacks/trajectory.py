@@ -10,17 +10,18 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
 
+from puma_lightning.callbacks.drawing import draw_reveal_order
 from puma_lightning.callbacks.pictures import save_picture
 from puma_lightning.chain.student import AnySampler
+from puma_lightning.data.base import Grid, Offered
 from puma_lightning.modules.generative import GenerativeModule
-from puma_lightning.plots import draw_reveal_order
 
 
 class UnmaskingTrajectory(Callback):
     """Draws, for fixed validation sequences, the step at which each cell is filled (Figure 3 of arXiv 2602.10314).
 
     One row a sequence, one column a validation; at every validation the picture ``unmasking_order.png`` in the
-    log directory is drawn anew, and logged to TensorBoard.
+    log directory is drawn again, and logged to TensorBoard.
 
     Args:
         num_examples: Sequences to follow: the first of the first validation set.
@@ -73,12 +74,12 @@ class UnmaskingTrajectory(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what has been seen so far."""
         drawing = self.history and not trainer.sanity_checking
-        order = getattr(trainer.datamodule, "order", None)  # type: ignore[attr-defined]
-        path = save_picture(trainer, "unmasking_order", partial(self.draw, order) if drawing else None)
+        grid = Offered(trainer.datamodule).grid  # type: ignore[attr-defined]
+        path = save_picture(trainer, "unmasking_order", partial(self.draw, grid) if drawing else None)
         self.path = path or self.path
 
-    def draw(self, order: int | None = None) -> Figure:
-        """The picture of the validations seen so far; of Sudoku boards if their order is given."""
+    def draw(self, grid: Grid | None = None) -> Figure:
+        """Draw the validations seen so far, as grids if the sequences hold one."""
         last = len(self.history) - 1
         picked = torch.linspace(0, last, min(self.max_columns, last + 1)).round().long().tolist()
         columns = [self.history[index] for index in picked]
@@ -87,7 +88,7 @@ class UnmaskingTrajectory(Callback):
             [(column["tokens"][row], column["reveal_step"][row], column["target"][row]) for column in columns]
             for row in range(rows)
         ]
-        return draw_reveal_order(panels, [f"step {column['step']:,}" for column in columns], order)
+        return draw_reveal_order(panels, [f"step {column['step']:,}" for column in columns], grid)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen, so that a resumed run goes on with the same picture."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from puma_lightning.sudoku.board import board_of_length, geometry
+from puma_lightning.data.sudoku.board import board_of, board_of_length, geometry, puzzle_of
 
 
 def solved_grids(tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> Tensor:
@@ -27,8 +27,7 @@ def solved_grids(tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> Tens
     _check_shapes(tokens, input_ids, prompt_mask)
     order, layout = board_of_length(tokens.shape[1])
     shape = geometry(order)
-    grids = tokens[:, -shape.cells :]
-    clues = input_ids[:, : shape.cells]
+    grids, clues = board_of(tokens, order), puzzle_of(input_ids, order)
     is_clue = prompt_mask if layout == "in_place" else clues != 0
     clues_kept = ((grids == clues) | ~is_clue).all(dim=1)
     in_groups = grids[:, torch.from_numpy(shape.groups).to(grids.device)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from puma_lightning.chain.chains import Chains
 from puma_lightning.chain.student import AnySampler, Sample
-from puma_lightning.data.base import Batch, check_batch, check_first
+from puma_lightning.data.base import Batch, Offered, check_batch, check_first
 from puma_lightning.models.transformer import TransformerBackbone
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.modules.preflight import preflight
@@ -222,5 +222,5 @@ def loader_suffix(trainer: pl.Trainer, dataloader_idx: int) -> str:
     """Return what a metric's name ends in: nothing for the first set, which checkpoints can watch, else ``/name``."""
     if dataloader_idx == 0:
         return ""
-    names = getattr(trainer.datamodule, f"{stage_name(trainer)}_names", None)  # type: ignore[attr-defined]
-    return f"/{names[dataloader_idx] if names else dataloader_idx}"
+    offered = Offered(trainer.datamodule)  # type: ignore[attr-defined]
+    return f"/{offered.loader_name(stage_name(trainer), dataloader_idx)}"

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from puma_lightning.data.base import Offered
 from puma_lightning.models.qwen2 import read_qwen2
 from puma_lightning.training.lightning_internals import trainer_of
 
@@ -70,7 +71,7 @@ def facts_of(module: "StreamedModule") -> dict[str, Any]:
     """Return what the names and shapes of a module's weights do not show, and a checkpoint of them should say."""
     datamodule = getattr(trainer_of(module), "datamodule", None)
     return {
-        "tokenizer": getattr(datamodule, "tokenizer_fingerprint", None),
+        "tokenizer": Offered(datamodule).tokenizer_fingerprint,
         "shifted": module.shifted,
         **getattr(module.backbone, "settings", {}),
     }

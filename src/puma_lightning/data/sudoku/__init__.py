@@ -1,0 +1,32 @@
+"""Sudoku in plain numpy: geometry and symmetries, a batched solver, a generator and file formats."""
+
+from puma_lightning.data.sudoku.board import (
+    Boards,
+    Layout,
+    board_of_length,
+    equivalence_key,
+    geometry,
+    is_solved,
+    random_symmetry,
+    sequence_length,
+)
+from puma_lightning.data.sudoku.files import read_boards, read_puzzles, write_csv
+from puma_lightning.data.sudoku.generate import generate, make_splits
+from puma_lightning.data.sudoku.solver import solve
+
+__all__ = [
+    "Boards",
+    "Layout",
+    "board_of_length",
+    "equivalence_key",
+    "generate",
+    "geometry",
+    "is_solved",
+    "make_splits",
+    "random_symmetry",
+    "read_boards",
+    "read_puzzles",
+    "sequence_length",
+    "solve",
+    "write_csv",
+]

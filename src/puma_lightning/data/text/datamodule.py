@@ -1,0 +1,410 @@
+"""Any text as a DataModule: packed documents, or one example per sequence."""
+
+import hashlib
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from puma_lightning.data.base import DEFAULT_CACHE, at_least, cache_folder, make_loader
+from puma_lightning.data.text.layout import Example, Padding
+from puma_lightning.data.text.rows import Rows, Selection
+from puma_lightning.data.text.sources import find_source
+from puma_lightning.data.text.token_cache import TokenDataset, TokenWriter, cached, collate
+from puma_lightning.data.text.tokenise import Format, describe, write_examples, write_prompts
+from puma_lightning.data.text.tokenizer import (
+    TRAINED_EOS_ID,
+    TRAINED_MASK_ID,
+    TextTokenizer,
+    cached_tokenizer,
+    check_trained,
+    load_tokenizer,
+    prepare_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TextUnit = Literal["line", "paragraph", "document"]
+Tokenize = Callable[[Sequence[object]], list[list[int]]]
+_TRAINED_ON_ROWS = 50_000
+_TRAINED_ON_CHARACTERS = 50_000_000
+_SPLITS = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
+
+
+class TextDataModule(pl.LightningDataModule):
+    """Text from files or from the Hugging Face hub, as sequences of L tokens.
+
+    Every ``*_file`` is a file, a glob (``data/*.jsonl``) or a list of these (.json, .jsonl, .csv, .tsv, .parquet, .txt;
+    also compressed as .gz), or ``NAME[:CONFIG[:SPLIT]]`` on the hub (``Salesforce/wikitext:wikitext-2-raw-v1``).
+    Tokenised text is kept in ``cache_dir``; a data set on the hub is taken to stay as it is.
+
+    For data of your own, override ``encode``; for rows from elsewhere, ``load``. What these depend on is part of
+    the cache's name: their code, and arguments of your own that are kept in attributes of the same name.
+
+    Args:
+        train_file: Training text.
+        val_file: Validation text; null to hold out a part of the training rows.
+        test_file: Test text.
+        predict_file: Beginnings to be continued.
+        text_column: The column with the text; files ending in .txt have ``text``.
+        text_unit: What is one row of a .txt file: a line, a paragraph (up to an empty line) or the whole file.
+        tokenizer: A ``tokenizer.json``, a folder with one or with ``vocab.json`` and ``merges.txt``, or a name on the
+            hub. Null: a byte-level BPE is trained from the training rows.
+        vocab_size: Size of a tokenizer that is trained, with EOS (id 0) and mask (id 1). Any other has its own; the
+            attribute of this name then tells it.
+        eos_token: Name of the token at the end of a text; null for the tokenizer's own (one of the usual names), or a
+            new one.
+        mask_token: Name of the mask token; added to the tokenizer if it has none of this name.
+        sequence_length: L, in tokens.
+        packing: True: rows follow each other, with EOS between them, and are cut into sequences of L - 1 tokens after
+            an EOS that is given. False: each row is a sequence of its own, cut to L if longer.
+        padding: What is trained on after the text, without packing. ``eos``: all remaining positions, which are EOS.
+            ``first_eos``: the first EOS; the others are given, so a bidirectional model can see where the text ends.
+            ``none``: nothing; all EOS are given.
+        num_train: Train on this many rows at most; null for all.
+        num_val: Number of rows held out (null: a tenth, 1,000 at most), or read this many of ``val_file`` at most
+            (null: all).
+        num_test: Read this many test rows at most; null for all.
+        batch_size: Sequences in a training batch of one device.
+        eval_batch_size: Sequences in a validation, test or prediction batch; null for ``batch_size``.
+        num_workers: Processes that load batches; loading is fast enough for 0.
+        seed: Chooses the rows that are held out.
+        cache_dir: Where tokenised text is kept. The default follows ``$XDG_CACHE_HOME`` if set.
+
+    Attributes:
+        eos_id: EOS, which is also the padding.
+        mask_id: The mask token; no text contains it.
+        val_names: What the validation loaders hold, by position.
+        test_names: What the test loaders hold, by position.
+
+    Raises:
+        ValueError: If an argument is out of range, or a file or the tokenizer can't be used.
+    """
+
+    def __init__(
+        self,
+        train_file: str | list[str] | None = None,
+        val_file: str | list[str] | None = None,
+        test_file: str | list[str] | None = None,
+        predict_file: str | list[str] | None = None,
+        text_column: str = "text",
+        text_unit: TextUnit = "line",
+        tokenizer: str | None = None,
+        vocab_size: int = 4096,
+        eos_token: str | None = None,
+        mask_token: str = "<|mask|>",
+        sequence_length: int = 512,
+        packing: bool = True,
+        padding: Padding = "first_eos",
+        num_train: int | None = None,
+        num_val: int | None = None,
+        num_test: int | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: str = DEFAULT_CACHE,
+    ) -> None:
+        super().__init__()
+        for argument, value, choices in (("padding", padding, Padding), ("text_unit", text_unit, TextUnit)):
+            if value not in get_args(choices):
+                raise ValueError(f"{argument}: expected one of {', '.join(get_args(choices))}, got {value!r}")
+        self.text_column = text_column
+        self.text_unit = text_unit
+        self.sequence_length = at_least("sequence_length", sequence_length, 2)
+        self.packing = packing
+        self.padding: Padding = padding
+        self.min_answer_length = 1
+        self.batch_size = at_least("batch_size", batch_size, 1)
+        self.eval_batch_size = at_least(
+            "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1
+        )
+        self.num_workers = at_least("num_workers", num_workers, 0)
+        self.seed = at_least("seed", seed, 0)
+        self.limits = {"train": num_train, "val": num_val, "test": num_test}
+        for name, limit in self.limits.items():
+            if limit is not None:
+                at_least(f"num_{name}", limit, 1)
+        files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
+        self.sources = {
+            name: find_source(f"{name}_file", given, _SPLITS[name]) for name, given in files.items() if given
+        }
+        self.held_out = val_file is None
+        self.val_names = ["val"]
+        self.test_names = ["test"]
+        self.cache_dir = cache_folder(cache_dir)
+        self.eos_token = eos_token
+        self.mask_token = mask_token
+        self._tokenizer: TextTokenizer | None = None
+        if tokenizer is None:
+            check_trained(vocab_size, eos_token, mask_token)
+            self.vocab_size, self.eos_id, self.mask_id = vocab_size, TRAINED_EOS_ID, TRAINED_MASK_ID
+        else:
+            self._tokenizer = prepare_tokenizer(load_tokenizer(tokenizer), eos_token, mask_token)
+            self.vocab_size = self._tokenizer.vocab_size
+            self.eos_id, self.mask_id = self._tokenizer.eos_id, self._tokenizer.mask_id
+        self._sets: dict[str, TokenDataset] = {}
+        self._loaded: dict[str, Dataset] = {}
+
+    # To be overridden.
+
+    def load(self, name: str) -> "Dataset":
+        """Returns the rows of a set. Override it for rows from elsewhere; without files, ``identity`` too.
+
+        Args:
+            name: ``train``, ``val`` (unless held out), ``test`` or ``predict``.
+        """
+        if name not in self.sources:
+            raise ValueError(f"{name}_file: expected a file or a data set on the hub, got none; give one")
+        return self.sources[name].load(self.cache_dir / "datasets", self.text_unit)
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """What tells the rows of a set from any others, in JSON's types; named so that nothing has to be loaded."""
+        if name in self.sources:
+            return {**self.sources[name].identity(), "text_unit": self.text_unit}
+        return {"fingerprint": self._loaded_rows(name)._fingerprint}
+
+    def encode(self, rows: dict[str, list[Any]], tokenize: Tokenize) -> Sequence[Example]:
+        """Turns rows into examples. Override it for columns and formats of your own.
+
+        Args:
+            rows: Some rows, by column.
+            tokenize: Turns texts into lists of token ids, without special tokens, on all cores.
+
+        Returns:
+            For each row its token ids and how many of them, from the start, are the prompt; None to skip the row. EOS
+            is put after them, and before an example without a prompt.
+        """
+        return [(ids, 0) for ids in tokenize(rows[self.text_column])]
+
+    def encode_prompt(self, rows: dict[str, list[Any]], tokenize: Tokenize) -> Sequence[list[int] | None]:
+        """The same for rows of which only the prompt is known (``predict``): the token ids of each prompt."""
+        return [[self.eos_id, *ids] for ids in tokenize(rows[self.text_column])]
+
+    def answers(self, rows: Rows, name: str) -> list[str] | None:
+        """The gold answers of some rows of a set, if it has any; its batches then carry them as ``answer``."""
+        return None
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a set for test or prediction."""
+        return name in self.sources
+
+    def prompts_only(self, name: str) -> bool:
+        """Whether only the prompts of a set are known, so that everything after them is masked."""
+        return name == "predict"
+
+    # What Lightning calls.
+
+    def prepare_data(self) -> None:
+        """Trains the tokenizer if need be and tokenises what the stage needs; runs in one process only."""
+        stage = self.trainer.state.fn if self.trainer else None
+        for name in self._needed(stage.value if stage else None):
+            self._report(name, self._open(name))
+        self._loaded.clear()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the tokenised text of a stage.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``; None for all there are.
+        """
+        for name in self._needed(stage):
+            self._sets[name] = self._open(name)
+        self._loaded.clear()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled training batches."""
+        return make_loader(self._sets["train"], self.batch_size, True, self.num_workers, collate)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """One loader, or one for each of ``val_names``."""
+        return self._eval_loaders(self.val_names)
+
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """One loader, or one for each of ``test_names``."""
+        return self._eval_loaders(self.test_names)
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """The prompts of ``predict_file``; everything after them is masked."""
+        return self._eval_loaders(["predict"])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; one that is trained is there after ``prepare_data``."""
+        return self._text_tokenizer.tokenizer
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """A hash of all that determines token ids."""
+        return self._text_tokenizer.fingerprint
+
+    def decode(self, tokens: Tensor, prompt_mask: Tensor | None = None) -> dict[str, str]:
+        """Returns the texts of a sequence: the prompt, and what follows it up to the first EOS.
+
+        Args:
+            tokens: Token ids ``(L,)``; mask tokens are left out.
+            prompt_mask: Given positions ``(L,)``; those at the start are the prompt. None: none are.
+        """
+        ids = tokens.tolist()
+        size = 0 if prompt_mask is None else int(prompt_mask.long().cumprod(0).sum())
+        prompt, completion = ids[:size], ids[size:]
+        if self.eos_id in completion:
+            completion = completion[: completion.index(self.eos_id)]
+        texts = {"prompt": [i for i in prompt if i != self.eos_id], "completion": completion}
+        decode = self._text_tokenizer.decode
+        return {name: decode([i for i in part if i != self.mask_id]) for name, part in texts.items()}
+
+    # How it is done.
+
+    def _eval_loaders(self, names: list[str]) -> DataLoader[Any] | list[DataLoader[Any]]:
+        loaders = [make_loader(self._sets[n], self.eval_batch_size, False, self.num_workers, collate) for n in names]
+        return loaders[0] if len(loaders) == 1 else loaders
+
+    def _needed(self, stage: str | None) -> list[str]:
+        """The sets a stage uses; for None, all that the arguments provide for."""
+        sets = {"validate": self.val_names, "test": self.test_names, "predict": ["predict"]}
+        sets["fit"] = ["train", *self.val_names]
+        if stage is not None:
+            return sets[stage]
+        return [*sets["fit"], *(name for name in (*self.test_names, "predict") if self.has(name))]
+
+    @property
+    def _text_tokenizer(self) -> TextTokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = cached_tokenizer(
+                self.cache_dir,
+                self._recipe("train"),
+                self._training_texts,
+                self.vocab_size,
+                self.eos_token,
+                self.mask_token,
+            )
+        return self._tokenizer
+
+    def _training_texts(self) -> Iterator[list[str]]:
+        """What ``encode`` tokenises of a bounded sample of the training rows."""
+        left = _TRAINED_ON_CHARACTERS
+        for rows in self._select("train").read(sample=_TRAINED_ON_ROWS):
+            texts: list[str] = []
+
+            def note(given: Sequence[object], texts: list[str] = texts) -> list[list[int]]:
+                texts += ["" if text is None else str(text) for text in given]
+                return [[self.eos_id] for _ in given]
+
+            self.encode(rows, note)
+            yield texts
+            left -= sum(map(len, texts))
+            if left < 0:
+                return
+
+    def _home(self, name: str) -> str:
+        """The set that a set's rows are in."""
+        return "train" if name == "val" and self.held_out else name
+
+    def _loaded_rows(self, name: str) -> "Dataset":
+        if name not in self._loaded:
+            self._loaded[name] = self.load(name)
+        return self._loaded[name]
+
+    def _select(self, name: str) -> Selection:
+        home = self._home(name)
+        argument = self.sources[home].argument if home in self.sources else f"{name} set"
+        dataset, limit = self._loaded_rows(home), self.limits.get(name)
+        if home != "train" or not self.held_out:
+            return Selection(dataset, argument, limit)
+        num_val = self.limits["val"] or min(1000, -(-len(dataset) // 10))
+        if num_val >= len(dataset):
+            raise ValueError(
+                f"num_val: expected fewer than the {len(dataset):,} rows of {argument}, got {num_val:,}; hold out "
+                "fewer, or give val_file"
+            )
+        held = np.sort(np.random.default_rng(self.seed).choice(len(dataset), num_val, replace=False))
+        return Selection(dataset, argument, *((None, held) if name == "val" else (limit, None, held)))
+
+    def _recipe(self, name: str) -> dict[str, Any]:
+        """All that a set's examples depend on but the tokenizer."""
+        part: dict[str, Any] = {"limit": self.limits.get(name)}
+        if self._home(name) == "train" and self.held_out:
+            part |= {"held_out": name == "val", "num_val": self.limits["val"], "seed": self.seed}
+        return {
+            "rows": self.identity(self._home(name)),
+            "part": part,
+            "prompts_only": self.prompts_only(name),
+            "skip": name != "predict",
+            "answers": name != "train",
+            "encoding": {"text_column": self.text_column, **_own_settings(self)},
+        }
+
+    def _open(self, name: str) -> TokenDataset:
+        form = Format(
+            self.sequence_length,
+            self.vocab_size,
+            self.eos_id,
+            self.mask_id,
+            self.packing,
+            self.padding,
+            self.min_answer_length,
+        )
+
+        def build(writer: TokenWriter) -> None:
+            tokenize, rows, title = self._text_tokenizer.encode, self._select(name), f"Tokenising {name}"
+
+            def answers(some: Rows) -> list[str] | None:
+                return None if name == "train" else self.answers(some, name)
+
+            if self.prompts_only(name):
+                skip = name != "predict"
+                write_prompts(writer, rows, form, lambda r: self.encode_prompt(r, tokenize), answers, title, skip)
+            else:
+                write_examples(writer, rows, form, lambda r: self.encode(r, tokenize), answers, title)
+
+        recipe = {**self._recipe(name), "tokenizer": self.tokenizer_fingerprint, **vars(form)}
+        return cached(self.cache_dir, recipe, self.sequence_length, self.vocab_size, build)
+
+    def _report(self, name: str, dataset: TokenDataset) -> None:
+        counts = Counter(dataset.counts)
+        say = rank_zero_warn if counts.total() > counts["left over"] else rank_zero_info
+        if text := describe(counts):
+            made = f"{len(dataset):,} sequences of {self.sequence_length} tokens from {dataset.rows:,} rows"
+            say(f"{name} set: {made}; {text}")
+
+
+def _own_settings(module: TextDataModule) -> dict[str, Any]:
+    """What subclasses bring: the values of their own arguments and, if they are a user's, their code."""
+    settings: dict[str, Any] = {}
+    known = inspect.signature(TextDataModule).parameters
+    for cls in type(module).__mro__[: type(module).__mro__.index(TextDataModule)]:
+        own = [name for name in inspect.signature(cls).parameters if name not in known and name in vars(module)]
+        settings |= {name: repr(vars(module)[name]) for name in own}
+        if not cls.__module__.startswith("puma_lightning."):
+            said = {n: v for n, v in vars(cls).items() if inspect.isfunction(v) or not n.startswith("__")}
+            settings[f"code of {cls.__name__}"] = {name: _described(value) for name, value in sorted(said.items())}
+    return settings
+
+
+def _described(value: Any) -> str:
+    """What a class attribute is or does: the same in every process, wherever it is defined."""
+    if isinstance(value, staticmethod | classmethod):
+        return _described(value.__func__)
+    if isinstance(value, property):
+        return _described(value.fget)
+    if isinstance(value, CodeType):
+        content = repr((value.co_code, [_described(constant) for constant in value.co_consts], value.co_names))
+        return hashlib.sha256(content.encode()).hexdigest()[:20]
+    if inspect.isfunction(value):
+        return " ".join(map(_described, (value.__code__, value.__defaults__, value.__kwdefaults__)))
+    if isinstance(value, set | frozenset):  # their order is another in every process
+        return repr(sorted(map(_described, value)))
+    if isinstance(value, tuple | list):
+        return repr([_described(each) for each in value])
+    plain = value is None or isinstance(value, str | bytes | int | float | dict)
+    return repr(value) if plain else type(value).__name__
