@@ -12,7 +12,7 @@ _SECONDS_TO_REACH_THE_HUB = 5
 
 @contextmanager
 def from_hub(argument: str, name: str, instead: str) -> Iterator[None]:
-    """Downloads inside are quick to fail without a network, take what was downloaded before, and say what to do.
+    """Let downloads inside fail quickly without a network, take what was downloaded before, and say what to do.
 
     Args:
         argument: Name of the argument that asks for it, for the message.

@@ -23,16 +23,17 @@ from puma_lightning.output.prediction import Prediction
 
 
 class ChainDiagnostics(Callback):
-    """Logs at every validation what the chains did since the last, and draws ``chains.png`` in the log directory.
+    """Log at every validation what the chains did since the last, and draw ``chains.png`` in the log directory.
 
-    - ``chain/mismatch``: how far the masks trained on are from those the sampler meets, see ``mismatch``: about 1 for
-      random masks, 0 if they are the sampler's own. The sampler uses the weights that are validated, so those of EMA if
-      there is one, from the prompts of the next batch.
+    - ``chain/mismatch``: how far the masks trained on are from those that the sampler meets, see ``mismatch``: about 1
+    for
+      random masks, 0 if they are the sampler's own. The sampler starts from the prompts of the next batch and uses the
+      weights that are validated, which are those of EMA if there is one.
     - ``chain/loss_1``, ``chain/loss_2``, ...: the training loss in nats per token, where little to most of the answer
       is revealed.
     - ``chain/by_count``, ``chain/by_threshold``: positions revealed in a step after which a chain goes on, by the
       target count alone and above the threshold.
-    - ``chain/length``: training steps of the chains that ended, of those whose start was seen.
+    - ``chain/length``: training steps of a chain, over the chains that ended and whose start was seen.
     - ``chain/sequences``: clean sequences taken since the start of training, all processes together.
 
     Args:
@@ -119,7 +120,7 @@ class ChainDiagnostics(Callback):
             self._sums["kept"], self._sums["possible"] = self._agreement(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log, draw, and start adding up anew."""
+        """Log, draw, and start to add up again."""
         if "kept" not in self._sums:
             return
         assert isinstance(pl_module, MaskedDiffusion)
@@ -153,11 +154,11 @@ class ChainDiagnostics(Callback):
         return agreement(cut(masked), cut(prompt_mask), cut(reveal_step))
 
     def draw(self) -> Figure:
-        """The picture of the validations seen so far."""
+        """Return the picture of the validations seen so far."""
         return draw_chains(self.history)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been logged, so that a resumed run goes on with the same picture."""
+        """Return what has been logged, so that a resumed run goes on with the same picture."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -166,7 +167,7 @@ class ChainDiagnostics(Callback):
 
 
 def mismatch(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> float:
-    """How far masks are from those that a sampler meets on its way from the same prompts.
+    """Tell how far masks are from those that a sampler meets on its way from the same prompts.
 
     A mask with n revealed positions is compared with the first n positions that the sampler reveals. Of the positions
     they share, those that n uniformly chosen ones would share on average are taken off, and what is left is
@@ -187,7 +188,7 @@ def mismatch(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> float:
 
 
 def agreement(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``mismatch`` divides: positions shared beyond chance, and the most there could be; both summed, () float."""
+    """Return what ``mismatch`` divides: positions shared beyond chance, and the most there could be, () float each."""
     answer = ~prompt_mask
     revealed = answer & ~masked
     length, number = answer.sum(1).float(), revealed.sum(1).float()

@@ -199,15 +199,15 @@ class GenerationEvaluation(Callback):
                 logger.experiment.add_text("samples", text, trainer.global_step)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As in validation."""
+        """Do as in validation."""
         self.on_validation_start(trainer, pl_module)
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """As in validation."""
+        """Do as in validation."""
         self.on_validation_batch_end(trainer, pl_module, *args)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As in validation."""
+        """Do as in validation."""
         self.on_validation_epoch_end(trainer, pl_module)
 
 

@@ -44,7 +44,7 @@ class StepProgressBar(TQDMProgressBar):
         """Keep counting."""
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """The logged values, without the logger's version number."""
+        """Return the logged values, without the logger's version number."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics

@@ -91,7 +91,7 @@ class UnmaskingTrajectory(Callback):
         return draw_reveal_order(panels, [f"step {column['step']:,}" for column in columns], grid)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been seen, so that a resumed run goes on with the same picture."""
+        """Return what has been seen, so that a resumed run goes on with the same picture."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ class ProgramAccuracy(Metric):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def judge(self, completions: list[str], answers: list[str] | None) -> list[dict[str, Any]]:
-        """Runs the programs without counting them.
+        """Run the programs without counting them.
 
         Args:
             completions: What the model wrote.
@@ -73,7 +73,7 @@ class ProgramAccuracy(Metric):
         ]
 
     def update(self, completions: list[str], answers: list[str]) -> None:
-        """Runs and counts programs; raises as ``judge`` does."""
+        """Run and counts programs; raises as ``judge`` does."""
         rows = self.judge(completions, answers)
         outcomes = Counter(row["outcome"] for row in rows)
         self.total += len(rows)
@@ -83,14 +83,14 @@ class ProgramAccuracy(Metric):
                 setattr(self, outcome, getattr(self, outcome) + outcomes[outcome])
 
     def compute(self) -> dict[str, Tensor]:
-        """Shares of all programs so far, float scalars; NaN where there are none."""
+        """Return shares of all programs so far, float scalars; NaN where there are none."""
         counts = {"accuracy": self.correct, "unparsable": self.unparsable}
         counts |= {"crashed": self.crashed, "timed_out": self.timed_out}
         return {name: count / self.total for name, count in counts.items()}
 
 
 def _plain(result: int | float | str | None) -> int | float | str | None:
-    """The result as JSON can hold it: NaN and infinities as text."""
+    """Return the result as JSON can hold it: NaN and infinities as text."""
     return str(result) if isinstance(result, float) and not math.isfinite(result) else result
 
 

@@ -8,18 +8,18 @@ from puma_lightning.data.sudoku.board import board_of, board_of_length, geometry
 
 
 def solved_grids(tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> Tensor:
-    """Tells which boards keep all clues and hold every digit once in every row, column and box.
+    """Tell which boards keep all clues and hold every digit once in every row, column and box.
 
     L tells the two layouts apart. The clues are the prompt of an ``in_place`` board, and the nonzero digits of
     the first half of a ``prompt_answer`` board.
 
     Args:
-        tokens: Generated boards ``(B, L)``.
-        input_ids: The boards they were generated for ``(B, L)``; only clues are looked at.
-        prompt_mask: True = given ``(B, L)``.
+        tokens: Generated boards, (B, L).
+        input_ids: The boards they were generated for (B, L); only clues are looked at.
+        prompt_mask: True = given, (B, L).
 
     Returns:
-        ``(B,)`` bool.
+        (B,) bool.
 
     Raises:
         ValueError: If the shapes differ, or no board has L tokens.
@@ -37,12 +37,12 @@ def solved_grids(tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> Tens
 
 
 def correct_cells(tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts the generated cells that equal the solution.
+    """Count the generated cells that equal the solution.
 
     Args:
-        tokens: Generated boards ``(B, L)``.
-        input_ids: Solved boards ``(B, L)``.
-        prompt_mask: True = given, so not counted ``(B, L)``.
+        tokens: Generated boards, (B, L).
+        input_ids: Solved boards, (B, L).
+        prompt_mask: True = given, so not counted, (B, L).
 
     Returns:
         Number of right cells and number of cells that were not given, scalars.
@@ -78,7 +78,7 @@ class _Share(Metric):
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
-        """The share so far, a float scalar."""
+        """Return the share so far, a float scalar."""
         return self.right / self.total
 
 
@@ -86,7 +86,7 @@ class SudokuSolved(_Share):
     """Share of boards with all clues kept and all rows, columns and boxes right (see ``solved_grids``)."""
 
     def update(self, tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> None:
-        """Adds a batch of generated boards, all ``(B, L)``."""
+        """Add a batch of generated boards, (B, L) each."""
         solved = solved_grids(tokens, input_ids, prompt_mask)
         self.right += solved.sum()
         self.total += len(solved)
@@ -96,7 +96,7 @@ class CellAccuracy(_Share):
     """Share of cells that were not given and equal the solution (see ``correct_cells``)."""
 
     def update(self, tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> None:
-        """Adds a batch of generated boards, all ``(B, L)``."""
+        """Add a batch of generated boards, (B, L) each."""
         right, total = correct_cells(tokens, input_ids, prompt_mask)
         self.right += right
         self.total += total

@@ -1,4 +1,4 @@
-"""Backbones. Any module from token ids ``(B, L)`` to logits ``(B, L, V)`` can take their place."""
+"""Backbones. Any module from token ids (B, L) to logits (B, L, V) can take their place."""
 
 from puma_lightning.models.transformer import TransformerBackbone
 

@@ -160,7 +160,7 @@ class Layer(nn.Module):
         cache: KeyValueCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """One layer: (B, L, D) to (B, L, D)."""
+        """Apply the layer: (B, L, D) to (B, L, D)."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer))
         x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return x

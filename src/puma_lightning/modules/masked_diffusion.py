@@ -85,7 +85,7 @@ class MaskedDiffusion(GenerativeModule):
 
         Args:
             chains: Partly masked sequences, or their blocks.
-            weights: What each chain counts for, (N,) float.
+            weights: What each chain counts for (N,) float.
             reads: The statistics wanted of the predictions; None for logits.
             num_masked: Masked positions of all chains together. Without it the host waits for a GPU to count them.
 

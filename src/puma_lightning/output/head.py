@@ -35,20 +35,20 @@ def linear_cross_entropy(
     statistics: Collection[Statistic] = (),
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Prediction]:
-    """The weighted sum of the cross-entropies of N positions, ``sum_i w_i * -log softmax(W h_i + b)[target_i]``.
+    """Compute a weighted sum of N positions' cross-entropies, ``sum_i w_i * -log softmax(W h_i + b)[target_i]``.
 
     The weights come in, rather than a loss per position going out, because the gradients are made along with the
     logits: those of weight and bias sum over positions, so what every position counts for must be known by then. A
     factor on the whole loss (accumulation, a GradScaler) need not. The weight's gradient, (V, D) in float32, is kept
     until the backward pass comes to it, which makes a second one. Under autocast the products take its dtype;
-    softmax, loss, statistics and the sums of gradients are in float32, of float64 inputs in float64.
+    softmax, loss, statistics and the sums of gradients are in float32, or in float64 for float64 inputs.
 
     Args:
         hidden: What the output layer reads, (N, D). N may be 0: the loss is then 0 and the gradients are zeros.
-        weight: Of the output layer, tied or not, (V, D).
+        weight: The weight of the output layer, tied or not, (V, D).
         target: The right tokens, (N,) int64.
-        position_weights: What every position counts for, (N,) float; constants.
-        bias: Of the output layer, (V,).
+        position_weights: What every position counts for (N,) float; constants.
+        bias: The bias of the output layer, (V,).
         mask_id: A token of probability 0.
         statistics: What else to return of the predictions.
         chunk_rows: Positions at a time; by default what ``rows_per_chunk`` says. It changes rounding only.
@@ -84,17 +84,17 @@ def predict(
     generator: torch.Generator | None = None,
     chunk_rows: int | None = None,
 ) -> Prediction:
-    """Statistics of, and draws from, the predictions at N positions, for evaluation and sampling.
+    """Compute statistics of, and draw from, the predictions at N positions, for evaluation and sampling.
 
     A draw inverts the distribution function at one uniform number per position, all taken from the generator at the
     start. So draws don't depend on the chunks, and noise of size (N, V) is not needed.
 
     Args:
         hidden: What the output layer reads, (N, D).
-        weight: Of the output layer, (V, D).
-        bias: Of the output layer, (V,).
+        weight: The weight of the output layer, (V, D).
+        bias: The bias of the output layer, (V,).
         mask_id: A token of probability 0: never predicted, never drawn.
-        target: Tokens to return the ``nll`` of, (N,) int64.
+        target: Tokens to return the ``nll`` of (N,) int64.
         statistics: What to return of the predictions, at temperature 1 whatever the draws' is.
         temperature: Draw a token from softmax(logits / temperature); 0 takes the most likely one.
         top_p: Draw only from the smallest set of tokens with at least this probability.
@@ -182,7 +182,7 @@ def spread(found: Prediction, index: Tensor, shape: torch.Size) -> Prediction:
 
 
 def rows_per_chunk(num_positions: int, vocab_size: int, device: torch.device) -> int:
-    """Positions in a chunk: as many as ``CHUNK_BYTES`` of float32 logits, in chunks of like size; 1 at least.
+    """Return positions in a chunk: as many as ``CHUNK_BYTES`` of float32 logits, in chunks of like size; 1 at least.
 
     Autocast adds a copy of half the size, entropy one of the full size.
     """
@@ -273,11 +273,11 @@ class _Head:
         return torch.empty(rows, _padded(self.vocab_size), dtype=dtype, device=self.hidden.device)
 
     def no_autocast(self) -> torch.autocast:
-        """The dtypes are chosen already."""
+        """Turn autocast off: the dtypes are chosen already."""
         return torch.autocast(self.hidden.device.type, enabled=False)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows ``(n,)`` of the positions, and their logits in the buffer, ``(n, V and padding)``; free to overwrite."""
+        """Yield the rows of each chunk, and its logits in the buffer, (n, V and padding), which may be overwritten."""
         for start in range(0, len(self.hidden), self.rows):
             rows = slice(start, min(start + self.rows, len(self.hidden)))
             buffer = self.buffer[: rows.stop - start]
@@ -296,13 +296,13 @@ class _Head:
             yield rows, buffer
 
     def narrow(self, gradient: Tensor) -> Tensor:
-        """The gradient in the logits, without padding and as a factor of the gradients' products: ``(n, V)``."""
+        """Return the gradient in the logits, without padding and as a factor of the gradients' products: (n, V)."""
         if self.backward_dtype != self.exact:
             gradient = self._narrow(len(gradient)).copy_(gradient)
         return gradient[:, : self.vocab_size]
 
     def _narrow(self, rows: int) -> Tensor:
-        """A buffer of the dtype of the products' factors."""
+        """Return a buffer of the dtype of the products' factors."""
         if self.narrowed is None:
             self.narrowed = self._buffer(self.hidden.dtype)
         return self.narrowed[:rows]
@@ -315,7 +315,7 @@ class _Head:
 
 
 def _summarise(buffer: Tensor, target: Tensor | None, found: Prediction, rows: slice) -> None:
-    """Write what is wanted of a chunk to its rows; the logits in the buffer ``(n, V)`` become their softmax."""
+    """Write what is wanted of a chunk to its rows; the logits in the buffer, (n, V), become their softmax."""
     top, token = buffer.max(-1)
     at_target = None if target is None else buffer.gather(1, target[:, None])[:, 0]
     _softmax_in_place(buffer, top, fused=not buffer.is_cuda)
@@ -339,7 +339,7 @@ def _summarise(buffer: Tensor, target: Tensor | None, found: Prediction, rows: s
 
 
 def _softmax_in_place(buffer: Tensor, top: Tensor, fused: bool) -> None:
-    """Logits ``(n, V)`` become probabilities, given their maxima ``(n,)``."""
+    """Turn logits, (n, V), into probabilities, given their maxima, (n,)."""
     if fused:
         # On a CPU a row is read whole before any of it is written, and then element by element.
         torch.softmax(buffer, -1, out=buffer)
@@ -349,7 +349,7 @@ def _softmax_in_place(buffer: Tensor, top: Tensor, fused: bool) -> None:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b``, of half-precision factors too with a float32 result."""
+    """Compute ``out = a @ b``, with a float32 result also of half-precision factors."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -357,7 +357,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, of half-precision factors too with a float32 sum."""
+    """Compute ``total += a @ b``, with a float32 sum also of half-precision factors."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
@@ -377,13 +377,18 @@ def _check(
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"expected hidden states (N, D) and a weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"hidden: expected hidden states (N, D) and a weight (V, D), got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}; flatten the positions"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected a bias (V,) = ({len(weight)},), got {tuple(bias.shape)}")
+        raise ValueError(f"bias: expected (V,) = ({len(weight)},), got {tuple(bias.shape)}; give one for each token")
     for name, tensor in per_position.items():
         if tensor.shape != hidden.shape[:1]:
-            raise ValueError(f"expected {name} (N,) = ({len(hidden)},), got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name}: expected (N,) = ({len(hidden)},), got {tuple(tensor.shape)}; give one for each position"
+            )
     unknown = sorted(set(statistics) - {"token", "log_prob", "margin", "entropy"})
     if unknown:
-        raise ValueError(f"statistics are token, log_prob, margin and entropy, got {', '.join(unknown)}")
+        raise ValueError(
+            f"statistics: expected some of token, log_prob, margin, entropy, got {', '.join(unknown)}; leave that out"
+        )

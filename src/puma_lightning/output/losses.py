@@ -36,7 +36,7 @@ def next_token_cross_entropy(logits: Tensor, x0: Tensor, trained: Tensor) -> Ten
 
 
 def trained_positions(x0: Tensor, prompt_mask: Tensor, eos_id: int | None) -> Tensor:
-    """Positions an autoregressive model is trained on: the answer up to and including its first EOS.
+    """Return positions an autoregressive model is trained on: the answer up to and including its first EOS.
 
     Position 0 has nothing before it to be predicted from. What follows an EOS is left out as long as it is EOS
     again, which is padding; so documents packed into one sequence, with an EOS between them, all count.

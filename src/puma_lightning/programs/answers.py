@@ -12,7 +12,7 @@ _LONGEST = 1000  # characters; also below the length at which int() refuses
 
 
 def parse_number(text: str) -> int | float | None:
-    """Reads a plain number such as ``72``, ``1,234``, ``-3`` or ``$10.50``.
+    """Read a plain number such as ``72``, ``1,234``, ``-3`` or ``$10.50``.
 
     Nothing else may stand beside it: exponents, percent signs, units, NaN and infinity are no plain numbers.
 
@@ -32,7 +32,7 @@ def parse_number(text: str) -> int | float | None:
 
 
 def same_number(result: object, gold: int | float) -> bool:
-    """Tells whether a result is the gold number, up to an absolute 1e-3.
+    """Tell whether a result is the gold number, up to an absolute 1e-3.
 
     A string counts if it is a plain number (see ``parse_number``): TinyGSM programs now and then format their
     result. Booleans, NaN, infinities and everything that is not an int or a float are wrong.

@@ -13,7 +13,7 @@ _IMPORT = re.compile(r"import\s+\w|from\s+\w[\w.]*\s+import\s|@\w")
 
 
 def extract_program(text: str) -> str | None:
-    """Cuts the source that defines ``simple_math_problem`` out of a generated text.
+    """Cut the source that defines ``simple_math_problem`` out of a generated text.
 
     The text ends at the first end token. A fenced block is preferred; otherwise the source begins at the first line
     that starts with ``def``, or at the imports directly above it. Where it does not parse, it is cut before the line
@@ -46,12 +46,12 @@ def extract_program(text: str) -> str | None:
 
 
 def cut_at_end_token(text: str) -> str:
-    """The text up to the first end token of a usual tokenizer."""
+    """Return the text up to the first end token of a usual tokenizer."""
     return min((text.split(token, 1)[0] for token in END_TOKENS), key=len)
 
 
 def _candidate(text: str) -> str:
-    """The part of the text where the source begins, with junk perhaps behind it."""
+    """Return the part of the text where the source begins, with junk perhaps behind it."""
     blocks: list[str] = _FENCE.findall(text)
     if blocks:
         return next((block for block in blocks if f"def {FUNCTION}" in block), blocks[0])

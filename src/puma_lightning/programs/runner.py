@@ -48,7 +48,7 @@ class ProgramRun:
 
 
 def default_workers(ranks: int = 1) -> int:
-    """Cores of this process, shared with the other ranks of the machine (``LOCAL_WORLD_SIZE`` if set), at most 8."""
+    """Return how many cores a rank has, at most 8: those of this process, shared by ``LOCAL_WORLD_SIZE`` ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or ranks))))
 
@@ -56,7 +56,7 @@ def default_workers(ranks: int = 1) -> int:
 def run_programs(
     texts: Sequence[str], timeout: float = 2.0, memory_mb: int = 256, workers: int | None = None
 ) -> list[ProgramRun]:
-    """Finds the program in each generated text (see ``extract_program``) and runs it in isolation.
+    """Find the program in each generated text (see ``extract_program``) and runs it in isolation.
 
     Nothing is left of a program for the next one. All processes end with the call.
 
@@ -133,7 +133,7 @@ class _Lane(threading.Thread):
             self._end_worker()
 
     def close(self) -> None:
-        """Ends the worker, whatever it is doing; its programs die with it."""
+        """End the worker, whatever it is doing; its programs die with it."""
         with self.lock:
             self.closed = True
             if self.process is not None:
@@ -208,7 +208,7 @@ def _receive(worker: "subprocess.Popen[bytes]") -> bytes | None:
 
 
 def _read_answer(answer: str) -> ProgramRun:
-    """Turns a worker's words into a result; words that no worker would write are a crash."""
+    """Turn a worker's words into a result; words that no worker would write are a crash."""
     outcome, _, rest = answer.partition(" ")
     if outcome == "unparsable":
         return ProgramRun("unparsable")

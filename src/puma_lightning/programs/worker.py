@@ -86,7 +86,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 2
 
 
 def main(timeout: float, memory_mb: int) -> None:
-    """Answers requests until standard input ends. Both directions: four bytes of length, then as many of UTF-8."""
+    """Answer requests until standard input ends. Both directions: four bytes of length, then as many of UTF-8."""
     warnings.simplefilter("ignore")  # showing one would open a file
     for name in (*MODULES, *INTERNAL):
         with contextlib.suppress(ImportError):  # not in every version
@@ -121,7 +121,7 @@ def main(timeout: float, memory_mb: int) -> None:
 
 
 def _watch(child: int, end: int, nonce: bytes, deadline: float) -> bytes:
-    """Waits for a child's message and end, and puts an end to it at the latest at the deadline."""
+    """Wait for a child's message and end, and puts an end to it at the latest at the deadline."""
     message, in_time = b"", True
     poller = select.poll()
     poller.register(end, select.POLLIN)
@@ -160,7 +160,7 @@ def _child(
     memory_mb: int,
     prctl: Callable[..., Any],
 ) -> NoReturn:
-    """Locks itself in, runs the program and reports."""
+    """Lock itself in, runs the program and reports."""
     write, random = os.write, sys.modules["random"]
     describe = _describer()
     _limit(timeout, memory_mb)
@@ -198,7 +198,7 @@ def _child(
 
 
 def _describer() -> Callable[[object], Any]:
-    """Returns a function that puts a value into plain words without calling a method that a program could define."""
+    """Return a function that puts a value into plain words without calling a method that a program could define."""
     decimal, fraction = sys.modules["decimal"].Decimal, sys.modules["fractions"].Fraction
     numerator, denominator = fraction._numerator, fraction._denominator
     name_of, args_of = type.__dict__["__name__"].__get__, BaseException.args.__get__  # type: ignore[attr-defined]
@@ -251,7 +251,7 @@ def _limit(timeout: float, memory_mb: int) -> None:
 
 
 def _empty_modules() -> None:
-    """Leaves nothing to import but the whitelist, and nothing in the modules that act without an audit event."""
+    """Leave nothing to import but the whitelist, and nothing in the modules that act without an audit event."""
     modules = sys.modules
     kept = {name for name in modules if name in MODULES or name.split(".")[0] in INTERNAL}
     harmful = [vars(modules[name]) for name in HARMFUL if name in modules]
@@ -286,7 +286,7 @@ def _prctl() -> Callable[..., Any]:
 
 
 def _syscall_filter(prctl: Callable[..., Any]) -> Callable[[], None]:
-    """Returns a function that lets the kernel kill this process at any system call that is not listed."""
+    """Return a function that lets the kernel kill this process at any system call that is not listed."""
     if sys.platform != "linux" or platform.machine() not in SYSCALLS:
         return lambda: None
     architecture, allowed = SYSCALLS[platform.machine()]

@@ -28,13 +28,13 @@ _CHUNK = 4096
 
 
 class Boards(NamedTuple):
-    """Puzzles with their solutions, each ``(N, order * order)`` uint8, 0 = empty."""
+    """Puzzles with their solutions, each (N, order * order) uint8, 0 = empty."""
 
     puzzles: Cells
     solutions: Cells
 
     def take(self, rows: NDArray[np.integer] | slice) -> Boards:
-        """The boards at ``rows``."""
+        """Return the boards at ``rows``."""
         return Boards(self.puzzles[rows], self.solutions[rows])
 
 
@@ -66,13 +66,13 @@ class Geometry:
         return self.box_rows == self.box_cols
 
     def split(self, length: int) -> tuple[int, int, int, int, int]:
-        """Shape that splits ``(length, cells)`` into (length, band, row in it, stack, column in it)."""
+        """Shape that splits (length, cells) into (length, band, row in it, stack, column in it)."""
         return length, self.bands, self.box_rows, self.stacks, self.box_cols
 
 
 @cache
 def geometry(order: int) -> Geometry:
-    """Returns the geometry of boards of ``order`` 4 (2x2 boxes), 6 (2 rows x 3 columns) or 9 (3x3).
+    """Return the geometry of boards of ``order`` 4 (2x2 boxes), 6 (2 rows x 3 columns) or 9 (3x3).
 
     Raises:
         ValueError: For any other order.
@@ -88,7 +88,7 @@ def geometry(order: int) -> Geometry:
 
 
 def order_of_cells(cells: int) -> int:
-    """Returns the order of a board with that many cells.
+    """Return the order of a board with that many cells.
 
     Raises:
         ValueError: If there is no such board.
@@ -124,7 +124,7 @@ def _first_cell(length: int, order: int) -> int:
 
 
 def sequence_length(order: int, layout: Layout) -> int:
-    """Returns the number of tokens of a board: one per cell, twice that for ``prompt_answer``.
+    """Return the number of tokens of a board: one per cell, twice that for ``prompt_answer``.
 
     Raises:
         ValueError: For an unknown order or layout.
@@ -135,7 +135,7 @@ def sequence_length(order: int, layout: Layout) -> int:
 
 
 def board_of_length(length: int) -> tuple[int, Layout]:
-    """Returns the (order, layout) that a token sequence of this length has; no two share a length.
+    """Return the (order, layout) that a token sequence of this length has; no two share a length.
 
     Raises:
         ValueError: If no board has that length.
@@ -148,13 +148,13 @@ def board_of_length(length: int) -> tuple[int, Layout]:
 
 
 def is_solved(grids: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Tells which grids are full and hold every digit once in every row, column and box.
+    """Tell which grids are full and hold every digit once in every row, column and box.
 
     Args:
-        grids: ``(N, order * order)``; any integers, foreign ones are just wrong.
+        grids: (N, order * order); any integers, foreign ones are just wrong.
 
     Returns:
-        ``(N,)``.
+        (N,).
     """
     shape = geometry(order_of_cells(grids.shape[1]))
     legal = (grids >= 1) & (grids <= shape.order)  # the others share bit 0, which no full group has
@@ -170,28 +170,28 @@ class Symmetry(NamedTuple):
     """One symmetry for each of N boards: new[i] = digits[old[cells[i]]].
 
     Attributes:
-        cells: Which old cell each new cell takes, ``(N, order * order)``.
-        digits: What each digit becomes, ``(N, order + 1)``; empty stays empty.
+        cells: Which old cell each new cell takes, (N, order * order).
+        digits: What each digit becomes, (N, order + 1); empty stays empty.
     """
 
     cells: NDArray[np.int64]
     digits: Cells
 
     def __call__(self, grids: Cells) -> Cells:
-        """Applies symmetry n to board n; grids and result ``(N, order * order)``."""
+        """Apply symmetry n to board n; grids and result (N, order * order)."""
         moved = np.take_along_axis(grids, self.cells, axis=1)
         return np.take_along_axis(self.digits, moved.astype(np.intp), axis=1)
 
 
 def random_symmetry(order: int, seed: int, *index: int | NDArray[np.integer]) -> Symmetry:
-    """Draws uniformly among all symmetries of the boards of an order.
+    """Draw uniformly among all symmetries of the boards of an order.
 
     They permute bands, rows in bands, stacks, columns in stacks and digits, and transpose square boxes.
 
     Args:
         order: 4, 6 or 9.
         seed: With ``index``, all that the draw depends on.
-        index: One or more integer arrays, broadcast to ``(N,)``.
+        index: One or more integer arrays, broadcast to (N,).
 
     Returns:
         N symmetries.
@@ -217,7 +217,7 @@ def random_symmetry(order: int, seed: int, *index: int | NDArray[np.integer]) ->
 
 @cache
 def _moves_of_order_4() -> NDArray[np.int64]:
-    """All 128 geometric symmetries of a 4x4 board as cell numbers, ``(128, 16)``."""
+    """Return all 128 geometric symmetries of a 4x4 board as cell numbers, ``(128, 16)``."""
     lines = [np.array([*a, *b]) for a, b in itertools.permutations([(0, 1), (2, 3)])]
     lines = [line[[i, 1 - i, 2 + j, 3 - j]] for line in lines for i in (0, 1) for j in (0, 1)]
     moves = [rows[:, None] * 4 + cols[None, :] for rows in lines for cols in lines]
@@ -226,16 +226,16 @@ def _moves_of_order_4() -> NDArray[np.int64]:
 
 
 def canonical_code(puzzles: Cells) -> UInt64:
-    """Returns a number that two 4x4 puzzles share exactly when a symmetry turns one into the other.
+    """Return a number that two 4x4 puzzles share exactly when a symmetry turns one into the other.
 
     It is the least, over all 128 geometric symmetries, of the board read as a number in base 5 with its
     digits renamed in order of first occurrence.
 
     Args:
-        puzzles: ``(N, 16)``.
+        puzzles: (N, 16).
 
     Returns:
-        ``(N,)``.
+        (N,).
     """
     place = np.uint64(5) ** np.arange(15, -1, -1, dtype=np.uint64)
     best = np.full(len(puzzles), np.iinfo(np.uint64).max, np.uint64)
@@ -250,7 +250,7 @@ def canonical_code(puzzles: Cells) -> UInt64:
 
 
 def invariant(boards: Boards, rounds: int = 4) -> UInt64:
-    """Returns a number that is the same for equivalent puzzles and nearly always differs for others.
+    """Return a number that is the same for equivalent puzzles and nearly always differs for others.
 
     Colour refinement (Weisfeiler and Lehman 1968): a cell starts as "clue" or "empty", and each round adds
     the multisets of colours in its row, column, box, band, stack and in the cells with the same solution
@@ -261,7 +261,7 @@ def invariant(boards: Boards, rounds: int = 4) -> UInt64:
         rounds: Rounds of refinement.
 
     Returns:
-        ``(N,)``.
+        (N,).
     """
     parts = [slice(start, start + _CHUNK) for start in range(0, len(boards.puzzles), _CHUNK)]
     return np.concatenate([_refine(boards.take(part), rounds) for part in parts] or [np.zeros(0, np.uint64)])
@@ -290,12 +290,12 @@ def _refine(boards: Boards, rounds: int) -> UInt64:
 
 
 def equivalence_key(boards: Boards) -> UInt64:
-    """Returns a number shared by equivalent puzzles: exact for order 4, an ``invariant`` for 6 and 9.
+    """Return a number shared by equivalent puzzles: exact for order 4, an ``invariant`` for 6 and 9.
 
     Args:
         boards: N puzzles with their solutions.
 
     Returns:
-        ``(N,)``.
+        (N,).
     """
     return canonical_code(boards.puzzles) if boards.puzzles.shape[1] == 16 else invariant(boards)

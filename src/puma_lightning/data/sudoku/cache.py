@@ -20,7 +20,7 @@ _DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 def cached(folder: Path, recipe: Mapping[str, object], build: Callable[[], dict[str, Boards]]) -> dict[str, Boards]:
-    """Returns what ``build`` returns, from disk if it was built before.
+    """Return what ``build`` returns, from disk if it was built before.
 
     Processes may do this at the same time: each writes a file of its own and the last one to finish is kept.
 

@@ -53,7 +53,7 @@ class SudokuDataset(Dataset[Batch]):
         return len(self.boards.puzzles) * self.augment
 
     def __getitem__(self, index: int) -> Batch:
-        """One item, ``(L,)`` tensors.
+        """Return one item, (L,) tensors.
 
         Raises:
             IndexError: Beyond the end.
@@ -61,7 +61,7 @@ class SudokuDataset(Dataset[Batch]):
         return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Batch]:
-        """The items of a whole batch, made at once: this is what a DataLoader calls."""
+        """Return the items of a whole batch, made at once: this is what a DataLoader calls."""
         index = np.asarray(indices)
         copy, row = np.divmod(index, len(self.boards.puzzles))
         puzzles, solutions = self.boards.take(row)
@@ -182,7 +182,7 @@ class SudokuDataModule(pl.LightningDataModule):
             self._boards(name)
 
     def setup(self, stage: str | None = None) -> None:
-        """Loads the puzzles of a stage.
+        """Load the puzzles of a stage.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``; None for all there are.
@@ -197,15 +197,15 @@ class SudokuDataModule(pl.LightningDataModule):
         return self._loader(self._sets["train"][0], self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """One loader, or one for each of several files (see ``val_names``)."""
+        """Return one loader, or one for each of several files (see ``val_names``)."""
         return self._eval_loaders("val")
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """One loader, or one for each of several files (see ``test_names``)."""
+        """Return one loader, or one for each of several files (see ``test_names``)."""
         return self._eval_loaders("test")
 
     def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """The puzzles of ``predict_file``; all that is not prompt is masked."""
+        """Return the puzzles of ``predict_file``; all that is not prompt is masked."""
         return self._eval_loaders("predict")
 
     def decode(self, tokens: Tensor, prompt_mask: Tensor | None = None) -> dict[str, str]:
@@ -221,14 +221,14 @@ class SudokuDataModule(pl.LightningDataModule):
         return loaders[0] if len(loaders) == 1 else loaders
 
     def _needed(self, stage: str | None) -> list[str]:
-        """The sets a stage uses; for None, all that the arguments provide for."""
+        """Return the sets a stage uses; for None, all that the arguments provide for."""
         if stage is None:
             has_test = self.files["test"] or not self.files["train"]
             return ["train", "val"] + ["test"] * bool(has_test) + ["predict"] * bool(self.files["predict"])
         return {"fit": ["train", "val"], "validate": ["val"]}.get(stage, [stage])
 
     def _boards(self, name: str) -> list[Boards]:
-        """The boards of one set, one entry for each file; from the cache where they are in it."""
+        """Return the boards of one set, one entry for each file; from the cache where they are in it."""
         files, from_file = self.files[name], bool(self.files["train"])
         if name == "predict":
             if not files:
@@ -272,13 +272,13 @@ class SudokuDataModule(pl.LightningDataModule):
 
 
 def _identity(file: Path) -> dict[str, object]:
-    """What changes when a file does."""
+    """Return what changes when a file does."""
     status = file.stat()
     return {"file": str(file), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def _existing(argument: str, files: str | list[str] | None) -> list[Path]:
-    """The files of an argument as absolute paths, once they are known to be there."""
+    """Return the files of an argument as absolute paths, once they are known to be there."""
     listed = [files] if isinstance(files, str) else files or []
     paths = [Path(file).expanduser().absolute() for file in listed]
     for path in paths:

@@ -30,7 +30,7 @@ _NPY_ROWS_AT_ONCE = 50_000
 
 
 def read_boards(path: str | Path, order: int, limit: int | None = None, progress: bool = False) -> Boards:
-    """Reads puzzles with their solutions and makes sure that each has exactly that one.
+    """Read puzzles with their solutions and make sure that each has exactly that one.
 
     Args:
         path: ``.csv``, ``.txt`` (either may end in ``.gz``) or ``.npy``.
@@ -56,7 +56,7 @@ def read_boards(path: str | Path, order: int, limit: int | None = None, progress
 
 
 def read_puzzles(path: str | Path, order: int, limit: int | None = None) -> Cells:
-    """Reads puzzles only: solutions are neither needed nor looked for.
+    """Read puzzles only: solutions are neither needed nor looked for.
 
     Args:
         path: As for ``read_boards``; a CSV file needs its ``puzzle`` column only.
@@ -64,7 +64,7 @@ def read_puzzles(path: str | Path, order: int, limit: int | None = None) -> Cell
         limit: Read this many puzzles at most.
 
     Returns:
-        ``(N, order * order)``, 0 = empty.
+        (N, order * order), 0 = empty.
 
     Raises:
         ValueError: If the file can't be read or is in another format, or two clues contradict each other.
@@ -75,7 +75,7 @@ def read_puzzles(path: str | Path, order: int, limit: int | None = None) -> Cell
 
 
 def write_csv(path: str | Path, boards: Boards) -> None:
-    """Writes ``puzzle,solution`` lines, whole or not at all; compressed if the name ends in ``.gz``.
+    """Write ``puzzle,solution`` lines, whole or not at all; compressed if the name ends in ``.gz``.
 
     Args:
         path: The file to write or replace.
@@ -89,7 +89,7 @@ def write_csv(path: str | Path, boards: Boards) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary file beside ``path`` that takes its place on success and vanishes on failure."""
+    """Give a temporary file next to ``path`` that takes its place on success and vanishes on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
     os.close(handle)
@@ -111,7 +111,7 @@ class _Lines:
 def _read(
     path: Path, order: int, limit: int | None, solution_optional: bool = False
 ) -> tuple[Cells, Cells | None, _Lines]:
-    """Reads any format: puzzles, solutions where the format has them, and the boards' line numbers."""
+    """Read any format: puzzles, solutions where the format has them, and the boards' line numbers."""
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path}: expected a file name ending in one of {', '.join(SUFFIXES)}")
     if not path.is_file():
@@ -141,7 +141,7 @@ def _read(
 
 
 def _read_csv(path: Path, text: TextIO, order: int, solution_optional: bool) -> Iterator[_Line]:
-    """Yields (line number, (puzzle, solution)), or (line number, (puzzle,)) where no solution is needed."""
+    """Yield (line number, (puzzle, solution)), or (line number, (puzzle,)) where no solution is needed."""
     reader = csv.reader(text)
     header = next(reader, None)
     if header is None:
@@ -169,14 +169,14 @@ def _read_csv(path: Path, text: TextIO, order: int, solution_optional: bool) -> 
 
 
 def _read_text(path: Path, text: TextIO, order: int, solution_optional: bool) -> Iterator[_Line]:
-    """Yields (line number, (puzzle,))."""
+    """Yield (line number, (puzzle,))."""
     for number, line in enumerate(text, start=1):
         if line.strip():
             yield number, (_board(path, number, line, order, "puzzle"),)
 
 
 def _board(path: Path, line: int, field: str, order: int, what: str) -> str:
-    """Returns one board as digits, or says what is wrong with it."""
+    """Return one board as digits, or say what is wrong with it."""
     digits = field.strip().replace(".", "0") if what == "puzzle" else field.strip()
     cells, fewest = order * order, 0 if what == "puzzle" else 1
     if len(digits) != cells:
@@ -195,7 +195,7 @@ def _board(path: Path, line: int, field: str, order: int, what: str) -> str:
 
 
 def _read_npy(path: Path, order: int, limit: int | None) -> tuple[Cells, Cells, _Lines]:
-    """Reads rows of [k, 81 x (row, column, value, strategy)], the k givens first."""
+    """Read rows of [k, 81 x (row, column, value, strategy)], the k givens first."""
     expected = f"rows of {_NPY_COLUMNS} integers (number of givens, 81 x (row, column, value, strategy))"
     if order != 9:
         raise ValueError(f"{path}: .npy files hold boards of order 9, got order={order}; set order to 9")
@@ -248,7 +248,7 @@ def _read_npy(path: Path, order: int, limit: int | None) -> tuple[Cells, Cells, 
 
 
 def _check_solutions(path: Path, puzzles: Cells, solutions: Cells, lines: _Lines) -> None:
-    """Rejects solutions that break the rules or do not continue their puzzle."""
+    """Reject solutions that break the rules or do not continue their puzzle."""
     broken = ~is_solved(solutions)
     _reject(path, lines, broken, "a solution with every digit once per row, column and box", "another grid")
     contradicted = ((puzzles != 0) & (puzzles != solutions)).any(axis=1)
@@ -256,7 +256,7 @@ def _check_solutions(path: Path, puzzles: Cells, solutions: Cells, lines: _Lines
 
 
 def _check_clues(path: Path, puzzles: Cells, lines: _Lines) -> None:
-    """Rejects puzzles that hold a digit twice in one group."""
+    """Reject puzzles that hold a digit twice in one group."""
     order = int(len(puzzles[0]) ** 0.5)
     twice = np.zeros(len(puzzles), np.bool_)
     for group in geometry(order).groups:
@@ -266,7 +266,7 @@ def _check_clues(path: Path, puzzles: Cells, lines: _Lines) -> None:
 
 
 def _reject(path: Path, lines: _Lines, wrong: NDArray[np.bool_], expected: str, got: str) -> None:
-    """Raises ``ValueError`` about the first board that is wrong, if any."""
+    """Raise ``ValueError`` about the first board that is wrong, if any."""
     if wrong.any():
         number, rest = lines.numbers[wrong.argmax()], int(wrong.sum()) - 1
         others = f" (and {rest} more like it)" if rest else ""

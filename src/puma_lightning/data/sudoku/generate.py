@@ -35,7 +35,7 @@ _PATIENCE = 20_000
 
 
 def clue_range(order: int, clues: Clues | None) -> tuple[int, int]:
-    """Returns the (fewest, most) clues wanted; None means the default of the order.
+    """Return the (fewest, most) clues wanted; None means the default of the order.
 
     Raises:
         ValueError: If no puzzle with one solution has that number of clues, or the range is empty.
@@ -51,14 +51,14 @@ def clue_range(order: int, clues: Clues | None) -> tuple[int, int]:
 
 
 def random_grids(order: int, keys: UInt64) -> tuple[Cells, NDArray[np.bool_]]:
-    """Fills empty boards: decide a random cell with fewest candidates, propagate, repeat.
+    """Fill empty boards: decide a random cell with fewest candidates, propagate, repeat.
 
     Args:
         order: 4, 6 or 9.
-        keys: What each grid depends on, ``(N,)``.
+        keys: What each grid depends on, (N,).
 
     Returns:
-        Grids ``(N, order * order)`` and which of them came out solved ``(N,)``; a dead end is not taken back.
+        Grids, (N, order * order), and which of them came out solved, (N,); a dead end is not taken back.
     """
     shape = geometry(order)
     masks = candidates(np.zeros((len(keys), shape.cells), np.uint8))
@@ -82,15 +82,15 @@ def random_grids(order: int, keys: UInt64) -> tuple[Cells, NDArray[np.bool_]]:
 
 
 def dig(solutions: Cells, keys: UInt64, targets: NDArray[np.int64]) -> tuple[Cells, NDArray[np.bool_]]:
-    """Empties cells in random order, keeping those without which a board has a second solution.
+    """Empty cells in random order, keeping those without which a board has a second solution.
 
     Args:
-        solutions: Solved grids ``(N, cells)``.
-        keys: What each board's order of cells depends on, ``(N,)``.
-        targets: Number of clues at which to stop, ``(N,)``.
+        solutions: Solved grids, (N, cells).
+        keys: What each board's order of cells depends on, (N,).
+        targets: Number of clues at which to stop, (N,).
 
     Returns:
-        Puzzles ``(N, cells)`` with one solution each and whether each came down to its target ``(N,)``.
+        Puzzles, (N, cells), with one solution each, and whether each came down to its target, (N,).
     """
     n, cells = solutions.shape
     puzzles = solutions.copy()
@@ -113,13 +113,13 @@ def dig(solutions: Cells, keys: UInt64, targets: NDArray[np.int64]) -> tuple[Cel
 
 
 def attempt(order: int, clues: Clues | None, seed: int, index: NDArray[np.int64]) -> Boards:
-    """Tries to make one puzzle for each index; those that fail are left out.
+    """Try to make one puzzle for each index; those that fail are left out.
 
     Args:
         order: 4, 6 or 9.
         clues: Number of clues, or (low, high), or None for the order's default.
         seed: Any integer.
-        index: Which attempts to make, ``(N,)``; each depends on the arguments above and its own index only.
+        index: Which attempts to make, (N,); each depends on the arguments above and its own index only.
 
     Returns:
         At most N boards, in order of their index.
@@ -134,7 +134,7 @@ def attempt(order: int, clues: Clues | None, seed: int, index: NDArray[np.int64]
 
 
 def generate(order: int, count: int, clues: Clues | None = None, seed: int = 0, progress: bool = False) -> Boards:
-    """Makes puzzles with exactly one solution, no two of them equivalent up to symmetry.
+    """Make puzzles with exactly one solution, no two of them equivalent up to symmetry.
 
     Args:
         order: 4 (2x2 boxes), 6 (2 rows x 3 columns) or 9 (3x3).
@@ -182,7 +182,7 @@ def generate(order: int, count: int, clues: Clues | None = None, seed: int = 0, 
 def make_splits(
     order: int, sizes: Mapping[str, int], clues: Clues | None = None, seed: int = 0, progress: bool = False
 ) -> dict[str, Boards]:
-    """Makes sets of puzzles, no puzzle of which is equivalent up to symmetry to any other in any set.
+    """Make sets of puzzles, no puzzle of which is equivalent up to symmetry to any other in any set.
 
     Args:
         order: 4, 6 or 9.
@@ -204,7 +204,7 @@ def make_splits(
 
 
 def hold_out(boards: Boards, size: int, seed: int) -> dict[str, Boards]:
-    """Splits boards into ``val``, ``size`` of them by lot, and ``train``, those equivalent to none of these.
+    """Split boards into ``val``, ``size`` of them by lot, and ``train``, those equivalent to none of these.
 
     Args:
         boards: N boards.
@@ -229,7 +229,7 @@ def hold_out(boards: Boards, size: int, seed: int) -> dict[str, Boards]:
 
 
 def all_of_order_4(clues: Clues | None = None) -> Boards:
-    """Lists every 4x4 puzzle with one solution, one of each class of equivalent ones.
+    """List every 4x4 puzzle with one solution, one of each class of equivalent ones.
 
     Args:
         clues: Number of clues, or (low, high), or None for the default.

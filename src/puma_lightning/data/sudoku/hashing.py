@@ -12,7 +12,7 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(values: UInt64) -> UInt64:
-    """Scrambles 64-bit integers with the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+    """Scramble 64-bit integers with the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
 
     Args:
         values: Any shape. All arithmetic wraps modulo 2**64.
@@ -28,7 +28,7 @@ def mix(values: UInt64) -> UInt64:
 
 
 def hash_keys(*keys: int | NDArray[np.integer]) -> UInt64:
-    """Hashes broadcastable integer keys into independent-looking 64-bit integers.
+    """Hash broadcastable integer keys into independent-looking 64-bit integers.
 
     Args:
         keys: Python integers of any size, or integer arrays, broadcast against each other.
@@ -44,7 +44,7 @@ def hash_keys(*keys: int | NDArray[np.integer]) -> UInt64:
 
 
 def random_permutations(keys: UInt64, size: int) -> NDArray[np.int64]:
-    """Draws one permutation of ``size`` items for every key.
+    """Draw one permutation of ``size`` items for every key.
 
     Args:
         keys: Shape ``(...)``.

@@ -1,6 +1,6 @@
 """A Sudoku solver for many boards at once: propagate singles everywhere, then branch everywhere.
 
-Candidates are bit masks, bit d-1 for digit d, in arrays ``(cells, N)``: the boards come last so that every
+Candidates are bit masks, bit d-1 for digit d, in arrays (cells, N): the boards come last so that every
 step is one long vector operation over all of them.
 """
 
@@ -23,15 +23,15 @@ _BAR_FROM = 20_000
 
 
 def solve(puzzles: NDArray[np.integer], progress: bool = False) -> tuple[Cells, NDArray[np.int64]]:
-    """Solves puzzles and tells whether the solution is the only one.
+    """Solve puzzles and tells whether the solution is the only one.
 
     Args:
-        puzzles: ``(N, order * order)``, digits 0..order, 0 = empty.
+        puzzles: (N, order * order), digits 0..order, 0 = empty.
         progress: Show a progress bar on stderr if there are many puzzles.
 
     Returns:
-        One solution of each ``(N, order * order)``, zeros if there is none, and the number of solutions
-        ``(N,)``: 0, 1, or 2 for "two or more".
+        One solution of each (N, order * order), zeros if there is none, and the number of solutions
+        (N,): 0, 1, or 2 for "two or more".
 
     Raises:
         ValueError: If the shape is no board's, or a digit is out of range.
@@ -43,14 +43,14 @@ def solve(puzzles: NDArray[np.integer], progress: bool = False) -> tuple[Cells, 
 
 
 def candidates(puzzles: NDArray[np.integer]) -> Candidates:
-    """Turns clues into bit masks: puzzles ``(N, cells)``, result ``(cells, N)``."""
+    """Turn clues into bit masks: puzzles (N, cells) to (cells, N)."""
     order = order_of_cells(puzzles.shape[1])
     masks = np.array([(1 << order) - 1] + [1 << digit for digit in range(order)], np.uint16)
     return masks[np.ascontiguousarray(puzzles.T)]
 
 
 def digits(masks: Candidates) -> Cells:
-    """Turns bit masks of decided cells back into digits: ``(cells, N)``, result ``(N, cells)``."""
+    """Turn bit masks of decided cells back into digits: ``(cells, N)``, result (N, cells)."""
     return np.ascontiguousarray(_digit_of_mask()[masks].T)
 
 
@@ -61,12 +61,12 @@ def search(start: Candidates, limit: int, progress: bool = False) -> tuple[Cells
     bounded by a few chunks per level of depth, however many solutions there are.
 
     Args:
-        start: Candidates ``(cells, N)``.
+        start: Candidates, (cells, N).
         limit: Stop looking at a board after this many solutions.
         progress: Show a progress bar on stderr if there are many boards.
 
     Returns:
-        The first solution found ``(N, cells)`` and the number found ``(N,)``, at most ``limit``.
+        The first solution found, (N, cells), and the number found, (N,), at most ``limit``.
     """
     cells, n = start.shape
     shape = geometry(order_of_cells(cells))
@@ -109,15 +109,15 @@ def search(start: Candidates, limit: int, progress: bool = False) -> tuple[Cells
 def branch(
     masks: Candidates, owners: NDArray[np.int64], width: NDArray[np.uint8]
 ) -> tuple[Candidates, NDArray[np.int64]]:
-    """Splits every board on its undecided cell with fewest candidates, one child per candidate.
+    """Split every board on its undecided cell with fewest candidates, one child per candidate.
 
     Args:
-        masks: Candidates ``(cells, N)``; every board has an undecided cell.
-        owners: Which puzzle each board came from, ``(N,)``.
-        width: Number of candidates per cell ``(cells, N)``.
+        masks: Candidates, (cells, N); every board has an undecided cell.
+        owners: Which puzzle each board came from (N,).
+        width: Number of candidates per cell, (cells, N).
 
     Returns:
-        The children's candidates ``(cells, M)`` and owners ``(M,)``.
+        The children's candidates, (cells, M), and owners, (M,).
     """
     cell = np.where(width > 1, width, 99).argmin(axis=0)
     choices = masks[cell, np.arange(len(owners))]
@@ -135,14 +135,14 @@ def branch(
 
 
 def propagate(masks: Candidates, shape: Geometry) -> tuple[Candidates, Flags]:
-    """Removes candidates by naked and hidden singles until nothing changes.
+    """Remove candidates by naked and hidden singles until nothing changes.
 
     Args:
-        masks: Candidates ``(cells, N)``; not modified.
+        masks: Candidates, (cells, N); not modified.
         shape: The boards' geometry.
 
     Returns:
-        What is left ``(cells, N)`` and whether each board may still have a solution ``(N,)``. A board that is
+        What is left, (cells, N), and whether each board may still have a solution, (N,). A board that is
         alive with one candidate in every cell is solved.
     """
     n = masks.shape[1]
@@ -161,7 +161,7 @@ def propagate(masks: Candidates, shape: Geometry) -> tuple[Candidates, Flags]:
 
 
 def _singles(masks: Candidates, shape: Geometry) -> tuple[Candidates, Flags]:
-    """One round of naked, then hidden singles; returns the new candidates and which boards are possible."""
+    """Take one round of naked, then hidden singles; return the new candidates and which boards are possible."""
     n = masks.shape[1]
     split = (shape.bands, shape.box_rows, shape.stacks, shape.box_cols, n)
     possible = np.ones(n, np.bool_)

@@ -158,7 +158,7 @@ class TextDataModule(pl.LightningDataModule):
     # To be overridden.
 
     def load(self, name: str) -> "Dataset":
-        """Returns the rows of a set. Override it for rows from elsewhere; without files, ``identity`` too.
+        """Return the rows of a set. Override it for rows from elsewhere; without files, ``identity`` too.
 
         Args:
             name: ``train``, ``val`` (unless held out), ``test`` or ``predict``.
@@ -168,13 +168,13 @@ class TextDataModule(pl.LightningDataModule):
         return self.sources[name].load(self.cache_dir / "datasets", self.text_unit)
 
     def identity(self, name: str) -> dict[str, Any]:
-        """What tells the rows of a set from any others, in JSON's types; named so that nothing has to be loaded."""
+        """Return what tells the rows of a set from any others, in JSON's types, without loading them."""
         if name in self.sources:
             return {**self.sources[name].identity(), "text_unit": self.text_unit}
         return {"fingerprint": self._loaded_rows(name)._fingerprint}
 
     def encode(self, rows: dict[str, list[Any]], tokenize: Tokenize) -> Sequence[Example]:
-        """Turns rows into examples. Override it for columns and formats of your own.
+        """Turn rows into examples. Override it for columns and formats of your own.
 
         Args:
             rows: Some rows, by column.
@@ -187,32 +187,32 @@ class TextDataModule(pl.LightningDataModule):
         return [(ids, 0) for ids in tokenize(rows[self.text_column])]
 
     def encode_prompt(self, rows: dict[str, list[Any]], tokenize: Tokenize) -> Sequence[list[int] | None]:
-        """The same for rows of which only the prompt is known (``predict``): the token ids of each prompt."""
+        """Turn rows of which only the prompt is known (``predict``) into the token ids of each prompt."""
         return [[self.eos_id, *ids] for ids in tokenize(rows[self.text_column])]
 
     def answers(self, rows: Rows, name: str) -> list[str] | None:
-        """The gold answers of some rows of a set, if it has any; its batches then carry them as ``answer``."""
+        """Return the gold answers of some rows of a set, if it has any; its batches then carry them as ``answer``."""
         return None
 
     def has(self, name: str) -> bool:
-        """Whether there is such a set for test or prediction."""
+        """Tell whether there is such a set for test or prediction."""
         return name in self.sources
 
     def prompts_only(self, name: str) -> bool:
-        """Whether only the prompts of a set are known, so that everything after them is masked."""
+        """Tell whether only the prompts of a set are known, so that everything after them is masked."""
         return name == "predict"
 
     # What Lightning calls.
 
     def prepare_data(self) -> None:
-        """Trains the tokenizer if need be and tokenises what the stage needs; runs in one process only."""
+        """Train the tokenizer if need be and tokenises what the stage needs; runs in one process only."""
         stage = self.trainer.state.fn if self.trainer else None
         for name in self._needed(stage.value if stage else None):
             self._report(name, self._open(name))
         self._loaded.clear()
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the tokenised text of a stage.
+        """Open the tokenised text of a stage.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``; None for all there are.
@@ -226,15 +226,15 @@ class TextDataModule(pl.LightningDataModule):
         return make_loader(self._sets["train"], self.batch_size, True, self.num_workers, collate)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """One loader, or one for each of ``val_names``."""
+        """Return one loader, or one for each of ``val_names``."""
         return self._eval_loaders(self.val_names)
 
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """One loader, or one for each of ``test_names``."""
+        """Return one loader, or one for each of ``test_names``."""
         return self._eval_loaders(self.test_names)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The prompts of ``predict_file``; everything after them is masked."""
+        """Return the prompts of ``predict_file``; everything after them is masked."""
         return self._eval_loaders(["predict"])
 
     @property
@@ -248,11 +248,11 @@ class TextDataModule(pl.LightningDataModule):
         return self._text_tokenizer.fingerprint
 
     def decode(self, tokens: Tensor, prompt_mask: Tensor | None = None) -> dict[str, str]:
-        """Returns the texts of a sequence: the prompt, and what follows it up to the first EOS.
+        """Return the texts of a sequence: the prompt, and what follows it up to the first EOS.
 
         Args:
-            tokens: Token ids ``(L,)``; mask tokens are left out.
-            prompt_mask: Given positions ``(L,)``; those at the start are the prompt. None: none are.
+            tokens: Token ids, (L,); mask tokens are left out.
+            prompt_mask: Given positions, (L,); those at the start are the prompt. None: none are.
         """
         ids = tokens.tolist()
         size = 0 if prompt_mask is None else int(prompt_mask.long().cumprod(0).sum())
@@ -270,7 +270,7 @@ class TextDataModule(pl.LightningDataModule):
         return loaders[0] if len(loaders) == 1 else loaders
 
     def _needed(self, stage: str | None) -> list[str]:
-        """The sets a stage uses; for None, all that the arguments provide for."""
+        """Return the sets a stage uses; for None, all that the arguments provide for."""
         sets = {"validate": self.val_names, "test": self.test_names, "predict": ["predict"]}
         sets["fit"] = ["train", *self.val_names]
         if stage is not None:
@@ -291,7 +291,7 @@ class TextDataModule(pl.LightningDataModule):
         return self._tokenizer
 
     def _training_texts(self) -> Iterator[list[str]]:
-        """What ``encode`` tokenises of a bounded sample of the training rows."""
+        """Return what ``encode`` tokenises of a bounded sample of the training rows."""
         left = _TRAINED_ON_CHARACTERS
         for rows in self._select("train").read(sample=_TRAINED_ON_ROWS):
             texts: list[str] = []
@@ -307,7 +307,7 @@ class TextDataModule(pl.LightningDataModule):
                 return
 
     def _home(self, name: str) -> str:
-        """The set that a set's rows are in."""
+        """Return the set that a set's rows are in."""
         return "train" if name == "val" and self.held_out else name
 
     def _loaded_rows(self, name: str) -> "Dataset":
@@ -331,7 +331,7 @@ class TextDataModule(pl.LightningDataModule):
         return Selection(dataset, argument, *((None, held) if name == "val" else (limit, None, held)))
 
     def _recipe(self, name: str) -> dict[str, Any]:
-        """All that a set's examples depend on but the tokenizer."""
+        """Return all that a set's examples depend on, except for the tokenizer."""
         part: dict[str, Any] = {"limit": self.limits.get(name)}
         if self._home(name) == "train" and self.held_out:
             part |= {"held_out": name == "val", "num_val": self.limits["val"], "seed": self.seed}
@@ -379,7 +379,7 @@ class TextDataModule(pl.LightningDataModule):
 
 
 def _own_settings(module: TextDataModule) -> dict[str, Any]:
-    """What subclasses bring: the values of their own arguments and, if they are a user's, their code."""
+    """Return what subclasses bring: the values of their own arguments and, if they are a user's, their code."""
     settings: dict[str, Any] = {}
     known = inspect.signature(TextDataModule).parameters
     for cls in type(module).__mro__[: type(module).__mro__.index(TextDataModule)]:
@@ -392,7 +392,7 @@ def _own_settings(module: TextDataModule) -> dict[str, Any]:
 
 
 def _described(value: Any) -> str:
-    """What a class attribute is or does: the same in every process, wherever it is defined."""
+    """Return what a class attribute is or does: the same in every process, wherever it is defined."""
     if isinstance(value, staticmethod | classmethod):
         return _described(value.__func__)
     if isinstance(value, property):

@@ -18,10 +18,10 @@ class Sequences:
     """n fixed-length sequences.
 
     Attributes:
-        tokens: ``(n, L)``.
-        prompt: Number of given positions at the start ``(n,)``.
-        end: Where positions are given again ``(n,)``; L if nowhere.
-        kept: Which examples they are of ``(n,)``.
+        tokens: (n, L).
+        prompt: Number of given positions at the start, (n,).
+        end: Where positions are given again, (n,); L if nowhere.
+        kept: Which examples they are of (n,).
         counts: How many examples were skipped or cut, by reason.
     """
 
@@ -35,7 +35,7 @@ class Sequences:
 def lay_out(
     examples: Sequence[Example], length: int, eos_id: int, padding: Padding, min_answer_length: int = 1
 ) -> Sequences:
-    """One example per sequence: its ids, EOS, and EOS up to the end.
+    """Lay out one example per sequence: its ids, EOS, and EOS up to the end.
 
     An example of L ids or more keeps the first L - 1, and EOS after them. One without a prompt gets a given EOS at its
     start, so that a causal model has something to predict from.
@@ -75,7 +75,7 @@ def lay_out(
 def lay_out_prompts(
     prompts: Sequence[list[int] | None], length: int, mask_id: int, min_answer_length: int = 1
 ) -> Sequences:
-    """Prompts whose answers are not known: everything after them is masked.
+    """Lay out prompts whose answers are not known: everything after them is masked.
 
     Args:
         prompts: Token ids; None or none for a row to skip.
@@ -106,7 +106,7 @@ class Packer:
         self.rest = np.empty(0, np.int64)
 
     def __call__(self, stream: NDArray[np.int64], counts: Counter[str]) -> Sequences:
-        """All sequences that are complete with the next part of the stream ``(T,)``; the rest waits for more."""
+        """Return all sequences that are complete with the next part of the stream, (T,); the rest waits for more."""
         stream = np.concatenate([self.rest, stream])
         n = len(stream) // (self.length - 1)
         self.rest = stream[n * (self.length - 1) :]
@@ -116,7 +116,7 @@ class Packer:
 
 
 def documents(examples: Sequence[Example], eos_id: int) -> tuple[NDArray[np.int64], Counter[str]]:
-    """The ids of all examples in a row ``(T,)``, EOS after each, and the number of empty ones."""
+    """Return the ids of all examples in a row, (T,), EOS after each, and the number of empty ones."""
     filled = [example for example in examples if example and example[0]]
     counts = Counter({"empty": len(examples) - len(filled)})
     if any(prompt for _, prompt in filled):
@@ -150,7 +150,7 @@ def check_examples(examples: Sequence[Example], rows: int, vocab_size: int, mask
 
 
 def flatten(ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    """All token ids in one array."""
+    """Return all token ids in one array."""
     return np.fromiter(chain.from_iterable(ids), np.int64, sum(map(len, ids)))
 
 

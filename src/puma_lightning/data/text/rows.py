@@ -64,7 +64,7 @@ class Selection:
         return rows if self.limit is None else min(rows, self.limit)
 
     def read(self, sample: int | None = None) -> Iterator[Rows]:
-        """Reads the rows some at a time.
+        """Read the rows some at a time.
 
         Args:
             sample: Read about this many only, evenly spread; None for all.

@@ -39,14 +39,14 @@ class Source:
     hub: tuple[str, str | None, str] = ("", None, "")
 
     def identity(self) -> dict[str, object]:
-        """What changes when the rows do."""
+        """Return what changes when the rows do."""
         if not self.files:
             return {"hub": list(self.hub)}
         status = [(str(file), file.stat()) for file in self.files]
         return {"files": [[name, each.st_size, each.st_mtime_ns] for name, each in status]}
 
     def load(self, cache_dir: Path, text_unit: str = "line") -> Dataset:
-        """Reads the rows; ``datasets`` keeps them in its own format in ``cache_dir``.
+        """Read the rows; ``datasets`` keeps them in its own format in ``cache_dir``.
 
         Raises:
             ValueError: If the files can't be read or hold nothing, or the hub has no such data set or is out of reach.
@@ -82,7 +82,7 @@ class Source:
 
 
 def find_source(argument: str, given: str | list[str], split: str) -> Source:
-    """Returns where an argument's rows are; nothing is read yet.
+    """Return where an argument's rows are; nothing is read yet.
 
     Args:
         argument: Its name.
@@ -133,7 +133,7 @@ def _ending(file: Path) -> str:
 
 @contextmanager
 def _quiet(small: bool) -> Iterator[None]:
-    """Without progress bars for what takes no time."""
+    """Leave out progress bars for what takes no time."""
     import datasets
 
     bars = not datasets.are_progress_bars_disabled()

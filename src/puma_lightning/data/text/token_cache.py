@@ -51,11 +51,11 @@ class TokenDataset(Dataset[dict[str, Any]]):
         return len(self._tokens)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One item, ``(L,)`` tensors."""
+        """Return one item, (L,) tensors."""
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        """A whole batch, ``(B, L)`` tensors (and a list of B answers), which ``collate`` passes on."""
+        """Return a whole batch, (B, L) tensors (and a list of B answers), which ``collate`` passes on."""
         rows = np.asarray(indices)
         tokens = self._tokens[rows].astype(np.int64)
         position = np.arange(tokens.shape[1])
@@ -121,9 +121,9 @@ class TokenWriter:
         """Append n sequences.
 
         Args:
-            tokens: Token ids ``(n, L)``.
-            prompt: Number of given positions at the start ``(n,)``.
-            end: Where positions are given again ``(n,)``; L if nowhere.
+            tokens: Token ids, (n, L).
+            prompt: Number of given positions at the start, (n,).
+            end: Where positions are given again, (n,); L if nowhere.
             answers: n gold answers.
         """
         for name, values in (("tokens", tokens), ("prompt", prompt), ("end", end)):
@@ -158,7 +158,7 @@ class TokenWriter:
 def cached(
     folder: Path, recipe: Mapping[str, object], length: int, vocab_size: int, build: Callable[[TokenWriter], None]
 ) -> TokenDataset:
-    """Returns the sequences of a recipe, from disk if they were made before.
+    """Return the sequences of a recipe, from disk if they were made before.
 
     A cache that was cut off, or that is not what its name says, is made again with a notice; contents of the right
     size are not read through. Processes may do this at the same time: each writes a folder of its own, and the first
@@ -194,7 +194,7 @@ def cached(
 
 
 def _problem(path: Path, recipe: Mapping[str, object]) -> str | None:
-    """What is wrong with a finished cache; None if nothing is."""
+    """Return what is wrong with a finished cache; None if nothing is."""
     try:
         meta = json.loads((path / _META).read_text())
         if meta["recipe"] != recipe:

@@ -65,7 +65,7 @@ def write_examples(
     answers: Answers,
     description: str,
 ) -> None:
-    """Writes rows with their answers.
+    """Write rows with their answers.
 
     Args:
         writer: Where to.
@@ -106,7 +106,7 @@ def write_prompts(
     description: str,
     skip: bool,
 ) -> None:
-    """Writes rows of which only the prompts are known; everything after them is masked.
+    """Write rows of which only the prompts are known; everything after them is masked.
 
     Args:
         writer: Where to.
@@ -139,12 +139,12 @@ def write_prompts(
 
 
 def describe(counts: Counter[str]) -> str:
-    """What was left out, in words; empty if nothing was."""
+    """Return what was left out, in words; empty if nothing was."""
     return ", ".join(text.format(counts[reason]) for reason, text in _REASONS.items() if counts[reason])
 
 
 def ahead(function: Callable[[In], Out], items: Iterable[In], threads: int = 2) -> Iterator[Out]:
-    """Yields the function's result for each item, in order, working on the next ones in threads meanwhile.
+    """Yield the function's result for each item, in order, working on the next ones in threads meanwhile.
 
     One thread turns tokens into arrays while the tokenizer works, on all cores, for another; few items are in memory.
     """

@@ -52,12 +52,12 @@ class TextTokenizer:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(strings, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
+        """Return the text of token ids."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Loads a tokenizer.
+    """Load a tokenizer.
 
     Args:
         name: A ``tokenizer.json``; a folder with one, or with ``vocab.json`` and ``merges.txt`` (GPT-2's byte-level
@@ -112,7 +112,7 @@ def _byte_level(model: models.BPE, *before: pre_tokenizers.PreTokenizer) -> Toke
 
 
 def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, eos_token: str | None, mask_token: str) -> Tokenizer:
-    """Trains a byte-level BPE whose digits stand alone; EOS has id 0 and the mask token 1.
+    """Train a byte-level BPE whose digits stand alone; EOS has id 0 and the mask token 1.
 
     Args:
         texts: What to learn from, some at a time.
@@ -143,7 +143,7 @@ def cached_tokenizer(
     eos_token: str | None,
     mask_token: str,
 ) -> TextTokenizer:
-    """Returns the tokenizer trained from the texts, from disk if it was trained before.
+    """Return the tokenizer trained from the texts, from disk if it was trained before.
 
     Args:
         folder: Where the cache is; made if absent.
@@ -168,7 +168,7 @@ def cached_tokenizer(
 
 
 def check_trained(vocab_size: int, eos_token: str | None, mask_token: str) -> str:
-    """Returns the name of EOS, once the settings of a tokenizer that is still to be trained are known to be good."""
+    """Return the name of EOS, once the settings of a tokenizer that is still to be trained are known to be good."""
     eos_token = eos_token or EOS_NAMES[0]
     if vocab_size < _ALPHABET + 2:
         raise ValueError(f"vocab_size: expected at least {_ALPHABET + 2} (all bytes, EOS and mask), got {vocab_size}")
@@ -178,7 +178,7 @@ def check_trained(vocab_size: int, eos_token: str | None, mask_token: str) -> st
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, eos_token: str | None, mask_token: str) -> TextTokenizer:
-    """Finds EOS and mask, adds what is missing (and says so), and makes special tokens in texts ordinary.
+    """Find EOS and mask, adds what is missing (and says so), and makes special tokens in texts ordinary.
 
     Args:
         tokenizer: Any tokenizer; changed in place.

@@ -46,7 +46,7 @@ class Problem:
 
 
 def make_problems(number: int, seed: int, split: Split) -> list[dict[str, str]]:
-    """Makes word problems with the programs that solve them, in the format of TinyGSM (arXiv:2312.09241).
+    """Make word problems with the programs that solve them, in the format of TinyGSM (arXiv:2312.09241).
 
     Args:
         number: How many.
@@ -73,7 +73,7 @@ def make_problems(number: int, seed: int, split: Split) -> list[dict[str, str]]:
 
 
 def attempt(seed: int, split: Split, index: int) -> Problem:
-    """Makes one problem; now and then, another index gives the same.
+    """Make one problem; now and then, another index gives the same.
 
     Args:
         seed: Any integer.
@@ -99,7 +99,7 @@ def attempt(seed: int, split: Split, index: int) -> Problem:
 
 
 def split_of(template: Template, numbers: Mapping[str, int]) -> Split:
-    """Says which split all problems of a template with these numbers belong to.
+    """Say which split all problems of a template with these numbers belong to.
 
     Args:
         template: Only its name counts.
@@ -114,7 +114,7 @@ def split_of(template: Template, numbers: Mapping[str, int]) -> Split:
 
 
 def run(template: Template, numbers: Mapping[str, int]) -> list[float]:
-    """Runs a template's program.
+    """Run a template's program.
 
     Args:
         template: What to run.
@@ -129,7 +129,7 @@ def run(template: Template, numbers: Mapping[str, int]) -> list[float]:
 
 
 def suits(template: Template, numbers: Mapping[str, int]) -> bool:
-    """Says whether every line of a template's program gives a whole number of at least 2, as plurals need.
+    """Say whether every line of a template's program gives a whole number of at least 2, as plurals need.
 
     Args:
         template: What to run.
@@ -145,7 +145,7 @@ def suits(template: Template, numbers: Mapping[str, int]) -> bool:
 
 
 def draw_words(lots: random.Random) -> dict[str, str]:
-    """Draws people and nouns.
+    """Draw people and nouns.
 
     Args:
         lots: Where chance comes from.
@@ -165,7 +165,7 @@ def draw_words(lots: random.Random) -> dict[str, str]:
 
 @cache
 def phrases(question: str) -> tuple[tuple[str, ...], ...]:
-    """Splits the question of a template into its parts.
+    """Split the question of a template into its parts.
 
     Args:
         question: In the notation of the templates.

@@ -155,12 +155,12 @@ class TinyGSMDataModule(TextDataModule):
 
 
 def stripped(texts: list[Any]) -> list[str]:
-    """Texts without white space around them; None is an empty one."""
+    """Strip the white space around texts; None is an empty text."""
     return ["" if text is None else str(text).strip() for text in texts]
 
 
 def gold_answer(answer: object, where: str = "answer") -> str:
-    """Returns the number in a gold answer, without thousands separators: ``"... #### 1,072"`` gives ``"1072"``.
+    """Return the number in a gold answer, without thousands separators: ``"... #### 1,072"`` gives ``"1072"``.
 
     Args:
         answer: A number, or a text that is one or ends in one after ``####``.
