@@ -63,7 +63,7 @@ def compared(wall: Mapping[str, list[float]], cpu: Mapping[str, list[float]]) ->
 
 
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
-    """Of the medians, and round by round."""
+    """Spread of the medians, and round by round."""
     by_round = [a / b for a, b in zip(slow, fast, strict=True)]
     return {"of_medians": round(statistics.median(slow) / statistics.median(fast), 3), **spread(by_round)}
 
@@ -83,7 +83,7 @@ def peak_memory_of(side: str) -> dict[str, float]:
 
 
 def peak_memory(run: Callable[[], object], device: str = "cpu") -> dict[str, float]:
-    """Of this process, which should have done nothing else: in all, and above what was there before the run."""
+    """Memory of this process, which should have done nothing else: in all, and above what was there before the run."""
     if device == "cpu":
         forget = Path("/proc/self/clear_refs")
         if forget.exists():

@@ -1,6 +1,6 @@
-"""How fast the data come, beside what training steps consume. See benchmarks/README.md.
+"""How fast the data come, versus what training steps consume. See benchmarks/README.md.
 
-Of each config the DataModule's own train loader is read through ``CleanSequences``, as training reads it, and plainly,
+For each config the DataModule's own train loader is read through ``CleanSequences``, as training reads it, and plainly,
 as a loop over the ``DataLoader`` would; and the config's model takes training steps, to see what they consume.
 """
 

@@ -1,4 +1,4 @@
-"""What sampling a batch costs, beside the textbook way and the published code. See benchmarks/README.md.
+"""What sampling a batch costs, versus the textbook way and the published code. See benchmarks/README.md.
 
 All sides complete the same batch with the same weights, by top-1 confidence and at temperature 0, a fixed number of
 positions in a pass. The lengths of the prompts differ, as those of questions do, so that rows are finished one by one.

@@ -1,4 +1,4 @@
-"""What a PUMA training step costs: beside one of the baseline, the textbook's and the published code's.
+"""What a PUMA training step costs, versus one of the baseline, of the textbook and of the published code.
 
 One model under one real Trainer takes steps of each forward process in turn, in random order within every round,
 so that whatever else the machine does falls on all of them alike. A step is everything from the end of the one
@@ -328,7 +328,7 @@ def measure(
     others: Collection[str] = (),
     reference: Path | None = None,
 ) -> dict[str, Any]:
-    """The step of PUMA beside that of the baseline, and beside others."""
+    """The step of PUMA versus that of the baseline and of others."""
     processes = (BASELINE, PUMA, THRESHOLD)
     sides = (*processes, *others)
     stopwatch = run(shape, rounds, warmup, accelerator, precision, label, sides, reference)
@@ -376,7 +376,7 @@ def measure(
 
 
 def ratios(values: list[float], base: list[float]) -> dict[str, float]:
-    """Of the medians, of the minima, and round by round."""
+    """Ratios of the medians, of the minima, and round by round."""
     low, median, high = statistics.quantiles([a / b for a, b in zip(values, base, strict=True)], n=4)
     named = {
         "of_medians": statistics.median(values) / statistics.median(base),

@@ -145,7 +145,7 @@ def write(
 ) -> None:
     """Points as CSV, what was found and what was run as JSON, pictures by what their names end in."""
     write_csv(args.out.with_name(f"{args.out.name}.csv"), points)
-    # Of files their names: where they are is nobody's business.
+    # Only the names of files: their folders say nothing about the run.
     flags = [re.sub(r"[^,=\[\] ]*/", "", flag) for flag in args.flags]
     settings = {name: {"config": run.config, "flags": [*run.flags, *flags]} for name, run in runs.items()}
     text = json.dumps({"seeds": args.seeds, "runs": settings, **found}, indent=1)

@@ -12,7 +12,7 @@ Curve = dict[int, float]  # value by optimizer step
 
 
 def curves(points: Sequence[Point], run: str, metric: str) -> list[Curve]:
-    """Of each seed."""
+    """One value for each seed."""
     by_seed: dict[int, Curve] = {}
     for point in points:
         if point.run == run and point.metric == metric:

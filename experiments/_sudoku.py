@@ -31,7 +31,7 @@ RUNS = {
         "puma": Run("PUMA", "configs/sudoku/puma.yaml", KEPT["gpu"]),
     },
 }
-PUMA = {"cpu": "puma_k6", "gpu": "puma"}  # beside the baseline in figures 3 and 4
+PUMA = {"cpu": "puma_k6", "gpu": "puma"}  # drawn with the baseline in figures 3 and 4
 SOLVED = {
     "cpu": ("val/solved/confidence_1", "val/solved/confidence_3", "val/solved/confidence_6"),
     "gpu": ("val/solved/confidence_1", "val/solved/confidence_2", "val/solved/confidence_3"),

@@ -39,11 +39,11 @@ BOTH: dict[str, tuple[str, ...]] = {
     "100,000 puzzles": (f"{DATA}.num_train", "100000"),
 }
 CPU = {name: RUNS["cpu"][name] for name in ("mdm", "puma_k6", "puma_k3")}
-ROWS = {"figure 5": ("mdm", "puma_k6"), "K 3": ("mdm", "puma_k3")}  # the baseline beside PUMA
+ROWS = {"figure 5": ("mdm", "puma_k6"), "K 3": ("mdm", "puma_k3")}  # the baseline and PUMA
 
 
 def add(name: str, label: str, flags: tuple[str, ...]) -> str:
-    """Another run, as one that is there but for some flags."""
+    """Return another run, which differs from a given one by some flags."""
     run = RUNS["cpu"][name]
     slug = f"{name}_{label}".replace(" ", "_").replace(",", "")
     CPU[slug] = replace(run, label=f"{run.label}, {label}", flags=flags)

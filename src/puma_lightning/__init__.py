@@ -27,7 +27,7 @@ from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import AutoregressiveLM, BlockDiffusion, MaskedDiffusion
 from puma_lightning.training.optim import WarmupCosine
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AutoregressiveLM",

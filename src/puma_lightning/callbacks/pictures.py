@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def save_picture(trainer: pl.Trainer, name: str, draw: Callable[[], Figure] | None) -> Path | None:
-    """Draw a picture anew in the log directory and in TensorBoard. To be called on all ranks; the first draws.
+    """Draw a picture again in the log directory and in TensorBoard. To be called on all ranks; the first draws.
 
     Args:
         trainer: Whose log directory it is.

@@ -350,7 +350,7 @@ class TransformerBackbone(nn.Module):
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             if cache is not None:
-                # Not through __call__, which may be compiled: every length would be compiled anew.
+                # Not through __call__, which may be compiled: it would be compiled again for every length.
                 x = layer.forward(x, cos, sin, mask, cache, index)
             elif recompute:
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)

@@ -14,7 +14,7 @@ _LONGEST = 1000  # characters; also below the length at which int() refuses
 def parse_number(text: str) -> int | float | None:
     """Read a plain number such as ``72``, ``1,234``, ``-3`` or ``$10.50``.
 
-    Nothing else may stand beside it: exponents, percent signs, units, NaN and infinity are no plain numbers.
+    Nothing else may stand next to it: exponents, percent signs, units, NaN and infinity are no plain numbers.
 
     Returns:
         An int where there is no decimal point, None where the text is no plain number.

@@ -121,7 +121,7 @@ def main(timeout: float, memory_mb: int) -> None:
 
 
 def _watch(child: int, end: int, nonce: bytes, deadline: float) -> bytes:
-    """Wait for a child's message and end, and puts an end to it at the latest at the deadline."""
+    """Wait for a child's message and end, and put an end to the child at the deadline at the latest."""
     message, in_time = b"", True
     poller = select.poll()
     poller.register(end, select.POLLIN)
@@ -160,7 +160,7 @@ def _child(
     memory_mb: int,
     prctl: Callable[..., Any],
 ) -> NoReturn:
-    """Lock itself in, runs the program and reports."""
+    """Lock this process in, run the program and report."""
     write, random = os.write, sys.modules["random"]
     describe = _describer()
     _limit(timeout, memory_mb)

@@ -78,7 +78,7 @@ class Selection:
             starts = starts[:: max(1, -(-stop // max(sample, step)))]
         for number, start in enumerate(starts):
             if dataset.cache_files and number % _MAPPED_FOR == 0:
-                # Maps the files anew: pages that were read would otherwise count as this process's memory for good.
+                # Map the files again: pages that were read would otherwise count as this process's memory for good.
                 dataset = pickle.loads(pickle.dumps(dataset))
             index = np.arange(start, min(start + step, stop))
             if self.only is not None:
