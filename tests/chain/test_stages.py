@@ -1,10 +1,14 @@
-"""Schedules: integers that grow with the optimizer step."""
+"""Stages: how much is revealed at each, which one a count belongs to; and numbers that grow with the step."""
+
+import math
+from fractions import Fraction
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puma_lightning.chain.stages import StepSchedule
+from puma_lightning.chain.stages import StepSchedule, stage_of, target_count
 
 
 @given(value=st.integers(1, 100), step=st.integers(0, 10**7))
@@ -53,3 +57,58 @@ def test_what_is_no_schedule_at_all_is_refused_by_name(value):
     """A list of bare values, a fraction or null get the same kind of answer."""
     with pytest.raises(ValueError, match="num_stages"):
         StepSchedule("num_stages", value)
+
+
+seeds = st.integers(0, 2**31 - 1)
+few = settings(max_examples=40, deadline=None)
+
+
+def gen(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rounding_range(stage: int, num_stages: int, length: int) -> tuple[int, int]:
+    """The least and greatest round(r * A), at most A - 1, for r in [s / K, (s + 1) / K]."""
+    low = math.ceil(Fraction(stage * length, num_stages) - Fraction(1, 2))
+    high = math.floor(Fraction((stage + 1) * length, num_stages) + Fraction(1, 2))
+    return min(low, length - 1), min(high, length - 1)
+
+
+@few
+@given(seed=seeds, num_stages=st.integers(1, 20), length=st.integers(1, 60))
+def test_target_count_rounds_a_fraction_of_its_stage(seed, num_stages, length):
+    """min(round(r * A), A - 1) with r in [s / K, (s + 1) / K): something is always left to predict."""
+    stage = torch.arange(num_stages).repeat(20)
+    count = target_count(stage, num_stages, torch.full_like(stage, length), gen(seed))
+    assert count.dtype == torch.long
+    for s, n in zip(stage.tolist(), count.tolist(), strict=True):
+        low, high = rounding_range(s, num_stages, length)
+        assert max(low, 0) <= n <= high <= length - 1
+
+
+def test_target_count_is_uniform_within_its_stage():
+    """At K = 2, A = 100 the second stage's counts average 75 and reach from 50 to 99."""
+    stage = torch.ones(20000, dtype=torch.long)
+    count = target_count(stage, 2, torch.full_like(stage, 100), gen(0)).float()
+    assert abs(count.mean() - 75) < 0.5
+    assert (count.min(), count.max()) == (50, 99)
+
+
+@given(num_stages=st.integers(1, 60), length=st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+def test_stage_of_is_the_right_closed_bucket(num_stages, length):
+    """s / K < revealed / A <= (s + 1) / K in exact fractions; nothing revealed is stage 0, A - 1 the last stage."""
+    revealed = torch.arange(length + 1)
+    expected = [0] + [
+        next(
+            s for s in range(num_stages) if Fraction(s, num_stages) < Fraction(n, length) <= Fraction(s + 1, num_stages)
+        )
+        for n in range(1, length + 1)
+    ]
+    expected[length - 1] = num_stages - 1
+    assert stage_of(revealed, num_stages, torch.full_like(revealed, length)).tolist() == expected
+
+
+def test_stage_of_takes_each_rows_own_length():
+    """Three revealed of 5 are further along than three of 12."""
+    assert stage_of(torch.tensor([3, 3]), 4, torch.tensor([5, 12])).tolist() == [2, 0]

@@ -395,11 +395,11 @@ def test_mistakes_are_named():
     hidden, weight, target, weights = problem.hidden, problem.weight, problem.target, problem.position_weights
     with pytest.raises(ValueError, match=r"hidden states \(N, D\)"):
         linear_cross_entropy(hidden[None], weight, target, weights)
-    with pytest.raises(ValueError, match=r"target \(N,\) = \(7,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"target: expected \(N,\) = \(7,\), got \(3,\)"):
         linear_cross_entropy(hidden, weight, target[:3], weights)
-    with pytest.raises(ValueError, match=r"position_weights \(N,\)"):
+    with pytest.raises(ValueError, match=r"position_weights: expected \(N,\)"):
         linear_cross_entropy(hidden, weight, target, weights[:, None])
-    with pytest.raises(ValueError, match=r"a bias \(V,\) = \(19,\)"):
+    with pytest.raises(ValueError, match=r"bias: expected \(V,\) = \(19,\)"):
         linear_cross_entropy(hidden, weight, target, weights, bias=problem.bias[:4])
     with pytest.raises(ValueError, match="got confidence"):
         predict(hidden, weight, statistics=["confidence"])

@@ -13,7 +13,6 @@ from puma_lightning.chain.policies import Confidence, Entropy, LeftToRight, Marg
 from puma_lightning.chain.reveal import reveal
 from puma_lightning.chain.student import Sampler
 from puma_lightning.chain.teacher import ProgressiveUnmasking
-from puma_lightning.output.drawing import draw
 
 V = 7
 MASK = 3  # not the last token, so that nothing may rely on that
@@ -236,56 +235,6 @@ def test_greedy_rows_do_not_depend_on_their_batch_mates(seed, length, policy):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i])
 
 
-# --- draws ---
-
-
-def frequencies(logits: Tensor, temperature: float, top_p: float, rows: int = 20000) -> Tensor:
-    drawn = draw(logits.expand(rows, 1, -1), MASK, temperature, top_p, gen(0))
-    return torch.bincount(drawn.flatten(), minlength=V) / rows
-
-
-LOGITS = torch.tensor([1.0, 2.0, 0.5, 9.0, 0.0, float("-inf"), -1.0])  # the mask token is the likeliest
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_tempered_distribution(temperature):
-    """softmax(logits / temperature) over everything but the mask token."""
-    expected = (LOGITS.index_fill(0, torch.tensor([MASK]), float("-inf")) / temperature).softmax(0)
-    torch.testing.assert_close(frequencies(LOGITS, temperature, 1.0), expected, atol=0.015, rtol=0)
-
-
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.8, 0.95])
-def test_top_p_draws_from_the_smallest_sufficient_set(top_p):
-    """The likeliest tokens until their probability reaches top_p, renormalised; never an empty set."""
-    p = LOGITS.index_fill(0, torch.tensor([MASK]), float("-inf")).softmax(0)
-    kept, total = torch.zeros(V), 0.0
-    for i in p.argsort(descending=True).tolist():
-        if total < top_p:
-            kept[i] = p[i]
-        total += p[i].item()
-    torch.testing.assert_close(frequencies(LOGITS, 1.0, top_p), kept / kept.sum(), atol=0.015, rtol=0)
-
-
-def test_temperature_zero_takes_the_likeliest_token():
-    """The likeliest but the mask token, and nothing random about it."""
-    assert draw(LOGITS.expand(2, 3, -1), MASK).eq(1).all()
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_certain_of_the_mask_token_still_gets_another_one(temperature):
-    """With mask_id 0 and every other logit at -inf a sampler would never end."""
-    logits = torch.full((1, 2, V), float("-inf"))
-    logits[..., 0] = 0.0
-    assert not (draw(logits, 0, temperature) == 0).any()
-
-
-@pytest.mark.parametrize("top_p", [0.5, 1.0])
-def test_of_numbers_that_are_none_some_token_is_drawn(top_p):
-    """A run stops at them with an error that says so, if not at once; reading beyond the vocabulary would end worse."""
-    tokens = draw(torch.full((1, 2, V), float("nan")), MASK, 1.0, top_p, gen(0))
-    assert ((tokens >= 0) & (tokens < V)).all()
-
-
 # --- teacher and student ---
 
 
@@ -377,15 +326,6 @@ def test_a_sampler_has_a_name_for_logs():
     assert Sampler(Margin(), num_steps=8).name == "margin_steps8"
     assert Sampler(threshold=0.9, tokens_per_step=2).name == "confidence_2_tau0.9"
     assert Sampler(temperature=0.5, top_p=0.9).name == "confidence_1_T0.5_p0.9"
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.3, 0.5, 3.0])
-@pytest.mark.parametrize("top_p", [0.2, 1.0])
-@pytest.mark.parametrize("mask_id", [0, 3])
-def test_the_mask_is_never_drawn_even_where_nothing_else_has_a_probability(temperature, top_p, mask_id):
-    logits = torch.full((2, 50, 4), float("-inf"))
-    logits[..., mask_id] = 0.0
-    assert (draw(logits, mask_id, temperature, top_p, torch.Generator().manual_seed(0)) != mask_id).all()
 
 
 def test_an_infinite_temperature_is_refused():

@@ -1,0 +1,123 @@
+"""Random masks: how many positions are masked, and which."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking, RandomMasking
+from puma_lightning.chain.teacher.random_masking import stratified_masking
+
+V = 6
+MASK = V - 1
+seeds = st.integers(0, 2**31 - 1)
+few = settings(max_examples=40, deadline=None)
+
+
+def gen(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sequences(seed: int, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Clean sequences with prompts that leave at least one position to predict."""
+    generator = gen(seed)
+    x0 = torch.randint(MASK, (batch, length), generator=generator)
+    prompt = torch.rand(batch, length, generator=generator) < 0.4
+    prompt[torch.arange(batch), torch.randint(length, (batch,), generator=generator)] = False
+    return x0, prompt
+
+
+def begin(process: ForwardProcess, x0: Tensor, prompt: Tensor, seed: int, stage: Any = 0, step: int = 0) -> Chains:
+    """Chains that have just started."""
+    stage = torch.as_tensor(stage).expand(len(x0)).clone()
+    return process.start(Chains.fully_masked(x0, prompt, MASK, process.num_stages_at(step), stage), gen(seed))
+
+
+def predictions(x0: Tensor, seed: int) -> Tensor:
+    """Logits of a model with an opinion of varying strength."""
+    return 3 * torch.randn(*x0.shape, V, generator=gen(seed)).index_fill(2, torch.tensor([MASK]), float("-inf"))
+
+
+def chain(process: ProgressiveUnmasking, x0: Tensor, prompt: Tensor, seed: int, steps: int) -> list[Chains]:
+    """The chains before each training step; finished ones are left as they are."""
+    chains = begin(process, x0, prompt, seed)
+    seen = [chains]
+    for step in range(steps):
+        moved = process.advance(chains, predictions(x0, seed + step), step, gen(seed + step))
+        keep = chains.done
+        chains = replace(
+            moved,
+            xt=torch.where(keep[:, None], chains.xt, moved.xt),
+            stage=torch.where(keep, chains.stage, moved.stage),
+            done=keep | moved.done,
+        )
+        seen.append(chains)
+    return seen
+
+
+def test_random_masking_masks_a_uniform_number_of_uniformly_chosen_positions():
+    """n is uniform on 1..A, and given n every answer position is as likely as any other."""
+    rows, answer = 12000, 6
+    x0 = torch.randint(MASK, (rows, 8), generator=gen(0))
+    prompt = torch.zeros(rows, 8, dtype=torch.bool)
+    prompt[:, [0, 3]] = True
+    masked = begin(RandomMasking(), x0, prompt, 1).xt == MASK
+    counts = torch.bincount(masked.sum(1), minlength=answer + 1)
+    assert counts[0] == 0
+    expected = rows / answer
+    assert ((counts[1:] - expected) ** 2 / expected).sum() < 27  # chi-square, 5 degrees of freedom
+    assert not masked[:, [0, 3]].any()
+    single = masked[masked.sum(1) == 1].sum(0)[[1, 2, 4, 5, 6, 7]]
+    expected = single.sum() / 6
+    assert ((single - expected) ** 2 / expected).sum() < 27
+
+
+@few
+@given(seed=seeds, batch=st.integers(1, 4), length=st.integers(1, 9))
+def test_random_masking_masks_something_and_no_prompt(seed, batch, length):
+    """Every row has 1..A masks, the rest is x0, and every chain is over after its step."""
+    x0, prompt = sequences(seed, batch, length)
+    process = RandomMasking()
+    chains = begin(process, x0, prompt, seed)
+    masked = chains.xt == MASK
+    assert masked.any(1).all()
+    assert not (masked & prompt).any()
+    assert torch.equal(chains.xt[~masked], x0[~masked])
+    after = process.advance(chains, predictions(x0, seed), 0, gen(seed))
+    assert after.done.all()
+    assert process.num_stages_at(0) == 1
+
+
+@few
+@given(seed=seeds, length=st.integers(1, 8), times=st.integers(1, 5))
+def test_stratified_masking_holds_every_n_equally_often(seed, length, times):
+    """A batch of a multiple of A rows without prompts masks each n of 1..A in the same number of rows."""
+    x0 = torch.randint(MASK, (length * times, length), generator=gen(seed))
+    n = stratified_masking(Chains.fully_masked(x0, torch.zeros_like(x0).bool(), MASK), gen(seed)).masked.sum(1)
+    assert sorted(n.tolist()) == [i + 1 for i in range(length) for _ in range(times)]
+
+
+@few
+@given(seed=seeds, batch=st.integers(1, 9), length=st.integers(1, 9))
+def test_stratified_masking_covers_the_strata_of_any_batch(seed, batch, length):
+    """The i-th smallest n lies in the i-th of B equal parts of 1..A."""
+    x0 = torch.randint(MASK, (batch, length), generator=gen(seed))
+    blank = Chains.fully_masked(x0, torch.zeros_like(x0).bool(), MASK)
+    n = stratified_masking(blank, gen(seed)).masked.sum(1).sort().values
+    for i, count in enumerate(n.tolist()):
+        assert i * length // batch + 1 <= count <= min((i + 1) * length // batch + 1, length)
+
+
+def test_stratified_masking_averages_to_uniform():
+    """Over many small batches n is uniform on 1..A in every row, as in training."""
+    x0 = torch.zeros(3, 4, dtype=torch.long)
+    generator = gen(0)
+    blank = Chains.fully_masked(x0, x0.bool(), MASK)
+    n = torch.stack([stratified_masking(blank, generator).masked.sum(1) for _ in range(2000)])
+    for row in range(3):
+        counts = torch.bincount(n[:, row], minlength=5)[1:]
+        assert ((counts - 500) ** 2 / 500).sum() < 22  # chi-square, 3 degrees of freedom
