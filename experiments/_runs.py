@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import torch
@@ -183,7 +184,9 @@ def _claim(target: Path, run: Run, seed: int, flags: list[str], runs: dict[str, 
         raise SystemExit(f"{target} holds a run with other settings: give another --folder, or delete it")
     if not said.exists():
         target.mkdir(parents=True, exist_ok=True)
-        said.write_text(settings)
+        with NamedTemporaryFile("w", dir=target, delete=False) as whole:
+            whole.write(settings)
+        os.replace(whole.name, said)  # at once: another experiment may look at it
 
 
 def _absolute(word: str) -> str:

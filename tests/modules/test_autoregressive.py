@@ -195,7 +195,7 @@ class TestSampling:
 
     def test_position_0_must_be_given(self):
         model = AutoregressiveLM(backbone(), MASK, EOS)
-        with pytest.raises(ValueError, match="position 0 must be given"):
+        with pytest.raises(ValueError, match="position 0 to be given"):
             model.sample(torch.ones(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.bool))
 
     @pytest.mark.parametrize(("option", "value"), [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5)])
@@ -250,9 +250,9 @@ class TestShift:
 
     def test_position_0_must_be_given_in_evaluation_and_sampling(self, tmp_path):
         model = MaskedDiffusion(backbone(causal=False), MASK, RandomMasking(), shifted=True)
-        with pytest.raises(ValueError, match="position 0 must be given"):
+        with pytest.raises(ValueError, match="position 0 to be given"):
             trainer(tmp_path).validate(model, DataLoader(rows(prompt=0), batch_size=8), verbose=False)
-        with pytest.raises(ValueError, match="position 0 must be given"):
+        with pytest.raises(ValueError, match="position 0 to be given"):
             model.sample(torch.ones(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.bool))
 
     @pytest.mark.parametrize("module", ["autoregressive", "shifted"])
@@ -262,7 +262,7 @@ class TestShift:
             if module == "autoregressive"
             else MaskedDiffusion(backbone(causal=False), MASK, RandomMasking(), shifted=True)
         )
-        with pytest.raises(ValueError, match="position 0 must be given in every sequence"):
+        with pytest.raises(ValueError, match="expected position 0 to be given"):
             trainer(tmp_path).fit(model, DataLoader(rows(prompt=0), batch_size=8))
 
 

@@ -639,5 +639,5 @@ def test_an_impossible_length_is_refused(length, words):
 
 
 def test_a_shifted_model_needs_its_first_position(tmp_path):
-    with pytest.raises(ValueError, match="position 0 must be given"):
+    with pytest.raises(ValueError, match="position 0 to be given"):
         trainer(tmp_path).fit(block_model(4, shifted=True), DataLoader(rows(given=0), batch_size=4))

@@ -421,10 +421,10 @@ class Broken(Rows):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_ids": torch.tensor([1, 2, MASK, 3, 4, 5])}, "mask token 10, found at row 1, position 2"),
+        ({"input_ids": torch.tensor([1, 2, MASK, 3, 4, 5])}, "mask token 10, got it at row 1, position 2"),
         ({"input_ids": torch.tensor([1, 2, 11, 3, 4, 5])}, r"0\.\.10 .* got 11 at row 1, position 2"),
         ({"input_ids": torch.tensor([1, -1, 1, 3, 4, 5])}, "got -1 at row 1, position 1"),
-        ({"prompt_mask": torch.ones(LENGTH, dtype=torch.bool)}, "prompt covers the whole sequence in row 1"),
+        ({"prompt_mask": torch.ones(LENGTH, dtype=torch.bool)}, "prompt that covers the whole sequence in row 1"),
         ({"input_ids": torch.ones(LENGTH + 1).long()}, "one length"),
     ],
     ids=["mask in the data", "outside", "negative", "all prompt", "another length"],
@@ -446,7 +446,7 @@ def test_a_model_that_needs_a_first_position_is_told_of_every_sequence_without_o
 
     supply = clean(DataLoader(Given(12), batch_size=4), first_given=True)
     supply.take(4)
-    with pytest.raises(ValueError, match=r"position 0 must be given .* not in row 2 .* after 4 training sequences"):
+    with pytest.raises(ValueError, match=r"expected position 0 to be given.* got row 2 .* after 4 training sequences"):
         supply.take(4)
 
 
@@ -466,12 +466,12 @@ def test_lengths_must_agree_between_batches_too():
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (torch.ones(LENGTH).long(), "expected a batch.*got Tensor.*dictionary"),
-        ((torch.ones(LENGTH).long(), 0), "expected a batch.*got list"),
-        ({"tokens": torch.ones(LENGTH).long()}, r"expected a batch.*got \['tokens'\]"),
+        (torch.ones(LENGTH).long(), "batch: expected .*got Tensor.*dictionary"),
+        ((torch.ones(LENGTH).long(), 0), "batch: expected .*got list"),
+        ({"tokens": torch.ones(LENGTH).long()}, r"batch: expected .*got \['tokens'\]"),
         ({"input_ids": torch.ones(LENGTH)}, "integers.*float32"),
         ({"input_ids": torch.ones(2, 3).long()}, r"\(B, L\) integers, got \(4, 2, 3\)"),
-        ({"input_ids": torch.ones(6).long(), "prompt_mask": torch.ones(5).bool()}, "prompt_mask must have the shape"),
+        ({"input_ids": torch.ones(6).long(), "prompt_mask": torch.ones(5).bool()}, "prompt_mask: expected the shape"),
     ],
     ids=["tensor", "pair", "other names", "floats", "three dimensions", "other shape"],
 )
