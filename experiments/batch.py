@@ -2,7 +2,8 @@
 
     python experiments/batch.py
 
-In every step PUMA takes fresh sequences for a K-th of the batch, the baseline for all of it. What is not named is as in figure5.py.
+In every step PUMA takes fresh sequences for a K-th of the batch, the baseline for all of it. What is not named is as in
+figure5.py.
 """
 
 from _comparison import Comparison, main

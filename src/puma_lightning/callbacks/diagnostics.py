@@ -170,8 +170,8 @@ def mismatch(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> float:
     """Tell how far masks are from those that a sampler meets on its way from the same prompts.
 
     A mask with n revealed positions is compared with the first n positions that the sampler reveals. From the number of
-    positions they share, the number that n uniformly chosen positions would share on average is taken off. What is left is
-    divided by the most that could be left, over all sequences. So it is 0 if the masks are the sampler's own, and 1
+    positions they share, the number that n uniformly chosen positions would share on average is taken off. What is left
+    is divided by the most that could be left, over all sequences. So it is 0 if the masks are the sampler's own, and 1
     on average if they are random; above 1 if they reveal first what the sampler reveals last. Sequences that the
     sampler fills in a single pass, such as blocks after an answer's end, have no order and are left out.
 
