@@ -4,17 +4,23 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 # A stamp says which extras are installed; it is out of date once one of these changes.
 INPUTS := setup.cfg pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
+LOWEST := .venv-lowest
 
-.PHONY: help quickstart test lint typecheck clean
+.PHONY: help quickstart test test-lowest lint typecheck clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' Makefile
 
 quickstart: $(VENV)/.installed ## install, then train a small model
 	$(BIN)/puma fit --config configs/quickstart.yaml
 
 test: $(VENV)/.installed-test ## run the fast tests
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+
+test-lowest: ## run them against the lowest versions that setup.cfg promises
+	test -d $(LOWEST) || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt -e ".[test]"
+	$(LOWEST)/bin/pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/ruff check .
@@ -24,7 +30,7 @@ typecheck: $(VENV)/.installed-dev ## check types
 	$(BIN)/mypy
 
 clean: ## remove the environment, build artefacts and caches, but not runs/
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -54,6 +55,23 @@ def quick():
     Path("configs").mkdir(exist_ok=True)
     Path("configs/quickstart.yaml").write_text(text)
     return Path("configs/quickstart.yaml")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder that ``fit()`` leaves behind."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        fit()
+    return folder
+
+
+def as_trained(trained):
+    """Here, what ``fit()`` leaves behind: as good as calling it, where only what it leaves is looked at."""
+    shutil.copytree(trained, Path(), dirs_exist_ok=True)
+    return Path("runs/quickstart/version_0")
 
 
 def fit(*options):
@@ -168,8 +186,8 @@ def test_fit_leaves_everything_a_user_needs(capsys):
         assert re.search(line, said)
 
 
-def test_the_saved_config_runs_again_and_checkpoints_rebuild_the_model():
-    folder = fit()
+def test_the_saved_config_runs_again_and_checkpoints_rebuild_the_model(trained):
+    folder = as_trained(trained)
     main(["test", "--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints/last.ckpt")])
     model = MaskedDiffusion.load_from_checkpoint(folder / "checkpoints/last.ckpt")
     assert isinstance(model.forward_process, ProgressiveUnmasking)
@@ -178,8 +196,8 @@ def test_the_saved_config_runs_again_and_checkpoints_rebuild_the_model():
 
 
 @pytest.mark.parametrize("option", [None, "--ckpt_path", "--model.init_args.init_from"])
-def test_weights_come_from_where_it_says_or_it_is_said_that_they_are_random(option):
-    checkpoint = fit() / "checkpoints/last.ckpt"
+def test_weights_come_from_where_it_says_or_it_is_said_that_they_are_random(trained, option):
+    checkpoint = as_trained(trained) / "checkpoints/last.ckpt"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         run("validate", *([option, str(checkpoint)] if option else []), config=quick())
@@ -193,8 +211,8 @@ def test_training_in_half_precision_runs_as_the_configs_are():
     fit("--trainer.precision=bf16-mixed")
 
 
-def test_the_command_line_wins_over_the_checkpoint():
-    folder = fit()
+def test_the_command_line_wins_over_the_checkpoint(trained):
+    folder = as_trained(trained)
     checkpoint = folder / "checkpoints/last.ckpt"
     again = fit(
         "--ckpt_path", str(checkpoint), "--trainer.max_steps=9",
@@ -205,8 +223,8 @@ def test_the_command_line_wins_over_the_checkpoint():
     assert saved["puma_lightning"]["ranks"][0]["stream"]["groups"][0]["num_stages"] == 3
 
 
-def test_predict_writes_one_json_line_a_puzzle():
-    folder = fit()
+def test_predict_writes_one_json_line_a_puzzle(trained):
+    folder = as_trained(trained)
     Path("puzzles.txt").write_text("1...\n" * 3 + "................\n")
     Path("puzzles.txt").write_text("1000003000020400\n" * 11)
     run(
@@ -317,8 +335,12 @@ class Numbers(pl.LightningDataModule):
     main(["fit", "--config", "mine.yaml"])
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_resume_exactly():
-    """As a user runs it: the launcher starts `python -m puma_lightning` again for the second process."""
+    """As a user runs it: the launcher starts `python -m puma_lightning` again for the second process.
+
+    Of the fast tests, ``test_old_runs`` resumes two such processes, and ``test_resume`` looks at what each one holds.
+    """
     quick()
     command = [
         sys.executable,

@@ -1,5 +1,7 @@
 """The notebooks run from top to bottom."""
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -15,7 +17,14 @@ def printed(notebook) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+# The first one is short; the others train models that are worth looking at.
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem == "01_the_chain" else pytest.mark.slow)
+        for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+    ],
+)
 def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install 'puma_lightning[test]'")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install 'puma_lightning[test]'")
@@ -62,6 +71,18 @@ def test_is_saved_executed_and_clean(path):
     assert path.stat().st_size < 700_000
     if path.stem == "01_the_chain":
         assert PROOF in printed(notebook)
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_what_the_cells_import_is_there(path):
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    nodes = [node for cell in cells for node in ast.walk(ast.parse(cell))]
+    imports = [(node.module, alias.name) for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert any(module == "puma_lightning" for module, _ in imports)
+    for module, name in imports:
+        if module.startswith("puma_lightning"):
+            assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
 
 
 def test_there_are_notebooks():

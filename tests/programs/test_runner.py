@@ -50,6 +50,7 @@ def nothing_changes(tmp_path, monkeypatch):
     """The process, its folder and /tmp/sentinel are afterwards as they were."""
     monkeypatch.chdir(tmp_path)
     sentinels = [Path("/tmp/sentinel"), tmp_path / "sentinel"]
+    gc.collect()  # what earlier tests left may hold files open
     before = surroundings()
     yield
     gc.collect()
@@ -206,7 +207,10 @@ def test_an_interrupt_ends_the_workers(monkeypatch: pytest.MonkeyPatch, nothing_
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_programs_die_with_the_trainer(tmp_path: Path) -> None:
     code = (
-        "import os, sys, threading; from puma_lightning.programs import run_programs; "
+        # The package without its __init__, which would import torch.
+        "import os, sys, threading, types; package = types.ModuleType('puma_lightning'); "
+        f"package.__path__ = [{str(WORKER.parents[1])!r}]; sys.modules['puma_lightning'] = package; "
+        "from puma_lightning.programs import run_programs; "
         "threading.Timer(1, os._exit, [0]).start(); "
         f"run_programs([{body('while True: pass')!r}] * 20, timeout=60, workers=2)"
     )

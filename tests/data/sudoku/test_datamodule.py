@@ -1,7 +1,6 @@
+import hashlib
 import multiprocessing
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
+import puma_lightning.data.sudoku.cache as cache_module
 from puma_lightning.data.base import check_batch
 from puma_lightning.data.sudoku.board import ORDERS, equivalence_key, is_solved, sequence_length
 from puma_lightning.data.sudoku.cache import cached
@@ -261,29 +261,30 @@ def test_a_data_module_mends_its_cache_in_setup(tmp_path: Path) -> None:
     assert keys(data, "train") == keys(good, "train")
 
 
-CRASH = """
-import hashlib, os, sys
-import puma_lightning.data.sudoku.cache as cache
-from puma_lightning.data.sudoku.datamodule import SudokuDataModule
+def prepare_and_die(folder: str) -> None:
+    """Is killed between the two writes, the first of which is still in the buffer."""
 
-class Killed:  # between the two writes, the first of which is still in the buffer
-    digest_size = 32
-    def digest(self):
-        os._exit(9)
+    class Killed:
+        digest_size = 32
 
-data = SudokuDataModule(6, cache_dir=sys.argv[1], num_train=20, num_val=6, num_test=5)
-save = cache._save
-def save_and_die(*arguments):
-    hashlib.sha256 = lambda content: Killed()
-    save(*arguments)
-cache._save = save_and_die
-data.prepare_data()
-"""
+        def digest(self) -> bytes:
+            os._exit(9)
+
+    save = cache_module._save
+
+    def save_and_die(*arguments: Any) -> None:
+        hashlib.sha256 = lambda content: Killed()
+        save(*arguments)
+
+    cache_module._save = save_and_die
+    SudokuDataModule(6, cache_dir=folder, **SIZES).prepare_data()
 
 
 def test_a_crash_in_the_middle_of_caching_does_no_harm(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path / "cache")], check=False)
-    assert run.returncode == 9
+    process = multiprocessing.get_context("fork").Process(target=prepare_and_die, args=(str(tmp_path / "cache"),))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
     assert [file.suffix for file in cache_files(tmp_path)] == [".tmp"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
