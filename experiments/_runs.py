@@ -169,7 +169,7 @@ def read_config(path: Path) -> Any:
             return {name: whole(inner) for name, inner in value.items()}
         if isinstance(value, list):
             return [whole(inner) for inner in value]
-        named = isinstance(value, str) and value.endswith(".yaml")
+        named = isinstance(value, str) and value.endswith(".yaml") and (path.parent / value).is_file()
         return read_config(path.parent / value) if named else value
 
     content = yaml.safe_load(path.read_text())

@@ -136,11 +136,17 @@ def test_a_run_has_a_name(config, options, folder):
     assert (Path("runs", folder, "version_1") / "metrics.csv").exists()
 
 
-@pytest.mark.parametrize("name", ["", "/somewhere", "../other", "a/../../b"])
+@pytest.mark.parametrize("name", ["", "/somewhere", "../other", "a/../../b", "a//b", "a/"])
 def test_a_name_that_leads_out_of_the_folder_is_refused(name, capsys):
     with pytest.raises(SystemExit):
         run("fit", "--name", name, "--trainer.max_steps=1")
     assert "name: expected a path below runs/" in capsys.readouterr().err
+
+
+def test_a_config_may_be_given_as_text():
+    """It has no path to be named by."""
+    main(["fit", "--config", quick().read_text(), *TINY, "--trainer.max_steps=1", "--trainer.val_check_interval=5"])
+    assert Path("runs/unnamed/version_0/config.yaml").exists()
 
 
 def test_a_logger_that_is_given_wins():

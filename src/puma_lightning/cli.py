@@ -1,6 +1,7 @@
 """The command line: ``puma fit|validate|test|predict --config FILE``."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ class PumaCLI(ConfigWinsCLI):
     def before_instantiate_classes(self) -> None:
         """Name the run; refuse an unreadable checkpoint before anything is built."""
         config = self.config[self.subcommand] if self.subcommand else self.config
-        if config.name is None:
-            config.name = _name_of_config(config.config[0].relative if config.config else None)
-        if not _is_name(config.name):
-            self.parser.error(
-                f"name: expected a path below {RUNS}/, such as sudoku/puma, got {config.name!r}; leave out what leads "
-                "out of that folder"
-            )
+        if config.name is None and config.trainer.logger is None:
+            # Into the config, so that a saved one says whose it is.
+            config.name = default_name(config.get("config"))
+        if config.name is not None:
+            try:
+                check_name(config.name)
+            except ValueError as error:
+                self.parser.error(str(error))
         path = config.get("ckpt_path") if self.subcommand else None
         if path and path not in SPECIAL_CHECKPOINTS and not str(path).startswith("registry"):
             load_checkpoint(path)
@@ -134,18 +136,33 @@ def _eos_id(data: LightningDataModule) -> int | None:
     return Offered(data).eos_id
 
 
-def _name_of_config(path: str | None) -> str:
-    """Return the path of a config without its ending, from the folder ``configs`` on if it is in one."""
-    if path is None:
-        return "puma"
-    parts = Path(path).absolute().with_suffix("").parts
-    after = len(parts) - parts[::-1].index("configs") if "configs" in parts[:-1] else len(parts) - 1
-    return "/".join(parts[after:])
+def default_name(configs: list[Any] | None) -> str:
+    """Return the path of the first config file, without its ending, below the nearest folder ``configs``.
+
+    Args:
+        configs: The values of ``--config`` as jsonargparse keeps them: paths, or None for YAML given as text.
+
+    Returns:
+        The name of the file alone if it is in no such folder; ``unnamed`` if there is no file.
+    """
+    files = [config for config in configs or [] if config is not None]
+    if not files:
+        return "unnamed"
+    path = Path(os.path.normpath(files[0].absolute))
+    folder = next((folder for folder in path.parents if folder.name == "configs"), path.parent)
+    return path.relative_to(folder).with_suffix("").as_posix()
 
 
-def _is_name(name: str) -> bool:
-    path = Path(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+def check_name(name: str) -> None:
+    """Check that a name is a folder below that of all runs.
+
+    Raises:
+        ValueError: If it is empty or absolute, or has ``.`` or ``..`` in it.
+    """
+    if any(part.strip() in ("", ".", "..") for part in re.split(r"[/\\]", name)):
+        raise ValueError(
+            f"name: expected a path below {RUNS}/ such as sudoku/puma, without '.' and '..', got {name!r}; give another"
+        )
 
 
 def _relative(path: str | Path) -> str:
