@@ -98,7 +98,7 @@ def main() -> None:
     # One puzzle of the last run, PUMA of the last seed.
     steps = [list(samples)[i] for i in sorted({round(i * (len(samples) - 1) / (SHOWN - 1)) for i in range(SHOWN)})]
     panels = [[(samples[step].tokens[0], samples[step].reveal_step[0], x0[0]) for step in steps]]
-    orders = draw_reveal_order(panels, [f"step {step:,}" for step in steps], data.grid)
+    orders = draw_reveal_order(panels, [f"step {step:,}" for step in steps], data.picture)
     found = {m: {name: mean(curves(points, name, m)) for name in runs} for m in (AGREEMENT, SOLVED)}
     write(args, runs, points, found, {"": picture(points, runs), "_orders": orders})
     for name, run in runs.items():

@@ -19,8 +19,7 @@ from puma_lightning.chain.teacher import (
 )
 from puma_lightning.data.sudoku.datamodule import SudokuDataModule
 from puma_lightning.data.text.datamodule import TextDataModule
-from puma_lightning.data.word_problems.built_in import WordProblemsDataModule
-from puma_lightning.data.word_problems.tinygsm import TinyGSMDataModule
+from puma_lightning.data.word_problems import TinyGSMDataModule, WordProblemsDataModule
 from puma_lightning.metrics.programs import ProgramAccuracy
 from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved
 from puma_lightning.models import TransformerBackbone

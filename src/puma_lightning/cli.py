@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import puma_lightning
 from puma_lightning.callbacks import GenerationEvaluation, PredictionWriter, StepProgressBar, UnmaskingTrajectory
-from puma_lightning.data.base import Offered
+from puma_lightning.data.base import DataOffer
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.training.lightning_internals import ConfigWinsCLI
 from puma_lightning.training.weights import load_checkpoint
@@ -125,15 +125,15 @@ class PumaCLI(ConfigWinsCLI):
 
 
 def _mask_id(data: LightningDataModule) -> int:
-    return Offered(data).mask_id
+    return DataOffer(data).required("mask_id")
 
 
 def _vocab_size(data: LightningDataModule) -> int:
-    return Offered(data).vocab_size
+    return DataOffer(data).required("vocab_size")
 
 
 def _eos_id(data: LightningDataModule) -> int | None:
-    return Offered(data).eos_id
+    return DataOffer(data).eos_id
 
 
 def default_name(configs: list[Any] | None) -> str:

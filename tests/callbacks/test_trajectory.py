@@ -9,7 +9,8 @@ from lightning.pytorch.plugins.precision import Precision
 
 from puma_lightning import MaskedDiffusion, RandomMasking, TransformerBackbone, UnmaskingTrajectory
 from puma_lightning.callbacks.drawing import draw_reveal_order
-from puma_lightning.data.sudoku.board import board_grid
+from puma_lightning.data.base import Picture
+from puma_lightning.data.sudoku.layout import picture_of
 
 
 def watch(callback, tmp_path, step, length=36, first=True):
@@ -20,7 +21,7 @@ def watch(callback, tmp_path, step, length=36, first=True):
     module = MaskedDiffusion(backbone, 7, RandomMasking())
     trainer = SimpleNamespace(
         sanity_checking=False, is_global_zero=first, global_step=step, log_dir=str(tmp_path), loggers=[],
-        fast_dev_run=False, datamodule=SimpleNamespace(order=6), precision_plugin=Precision(),
+        fast_dev_run=False, datamodule=SimpleNamespace(picture=picture_of(6, "in_place")), precision_plugin=Precision(),
     )  # fmt: skip
     batch = {"input_ids": torch.randint(1, 7, (3, length)), "prompt_mask": torch.rand(3, length) < 0.4}
     callback.on_validation_batch_end(trainer, module, None, batch, 0)
@@ -62,14 +63,22 @@ def test_other_processes_leave_the_picture_alone(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(("length", "order", "cells"), [(16, None, 16), (16, 4, 16), (32, None, 32), (72, 6, 36)])
-def test_boards_are_drawn_as_boards_and_anything_else_as_a_strip(length, order, cells):
-    tokens = torch.ones(length, dtype=torch.long)
-    grid = None if order is None else board_grid(length, order)
-    figure = draw_reveal_order([[(tokens, torch.arange(length) - 1, tokens)]], ["title"], grid)
-    board = figure.axes[0]
-    assert len(board.texts) == cells
-    assert bool(board.get_ylim()[0] > 2) is (order is not None)
+PICTURES = {
+    "a board": (16, picture_of(4, "in_place"), range(16), 6),
+    "a board after its puzzle": (72, picture_of(6, "prompt_answer"), range(36, 72), 7),
+    "an image after a class": (7, Picture(torch.arange(1, 7).reshape(2, 3)), range(1, 7), 0),
+    "a strip": (32, None, range(32), 0),
+}
+
+
+@pytest.mark.parametrize(("length", "picture", "shown", "lines"), PICTURES.values(), ids=PICTURES)
+def test_sequences_are_drawn_as_their_data_say_and_otherwise_as_strips(length, picture, shown, lines):
+    tokens = torch.arange(length)
+    figure = draw_reveal_order([[(tokens, tokens - 1, tokens)]], ["title"], picture)
+    axis = figure.axes[0]
+    assert [int(text.get_text()) for text in axis.texts] == list(shown)
+    assert round(axis.get_ylim()[0]) == (1 if picture is None else len(picture.positions))
+    assert len(axis.lines) == lines
 
 
 def test_wrong_tokens_are_crossed_out():

@@ -74,10 +74,10 @@ def test_the_command_line_builds_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"timeout": 0}, "expected timeout > 0 seconds, got 0"),
-        ({"timeout": float("nan")}, "expected timeout > 0 seconds, got nan"),
-        ({"memory_mb": 8}, "expected memory_mb >= 64.*got 8"),
-        ({"workers": 0}, "expected workers >= 1 or null, got 0"),
+        ({"timeout": 0}, "timeout: expected more than 0 seconds, got 0"),
+        ({"timeout": float("nan")}, "timeout: expected more than 0 seconds, got nan"),
+        ({"memory_mb": 8}, "memory_mb: expected at least 64.*got 8"),
+        ({"workers": 0}, "workers: expected at least 1 or null, got 0"),
     ],
 )
 def test_bad_arguments_are_refused(options, message) -> None:
@@ -88,5 +88,5 @@ def test_bad_arguments_are_refused(options, message) -> None:
 def test_bad_answers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected a number such as .* as answer 1, got 'many'; pass"):
         ProgramAccuracy().update(TEXTS[:2], ["1", "many"])
-    with pytest.raises(ValueError, match="expected one answer for each completion, got 1 for 2"):
+    with pytest.raises(ValueError, match="answers: expected one for each of 2 completions, got 1"):
         ProgramAccuracy().update(TEXTS[:2], ["1"])

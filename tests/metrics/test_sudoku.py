@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from puma_lightning.data.sudoku import SudokuDataset
 from puma_lightning.data.sudoku.board import ORDERS, Boards, is_solved, random_symmetry
-from puma_lightning.data.sudoku.datamodule import SudokuDataset
 from puma_lightning.data.sudoku.generate import generate
 from puma_lightning.metrics.sudoku import CellAccuracy, SudokuSolved, solved_grids
 
@@ -103,5 +103,5 @@ def test_wrong_shapes_are_refused() -> None:
             metric.update(tokens, tokens, mask[:1])
         with pytest.raises(ValueError, match=r"expected .*one shape"):
             metric.update(tokens[0], tokens[0], mask[0])
-        with pytest.raises(ValueError, match=r"expected sequences of .* tokens, got 80"):
+        with pytest.raises(ValueError, match=r"expected sequences of .* tokens, .* got 80"):
             metric.update(tokens[:, 1:], tokens[:, 1:], mask[:, 1:])

@@ -23,17 +23,16 @@ from puma_lightning.output.prediction import Prediction
 
 
 class ChainDiagnostics(Callback):
-    """Log at every validation what the chains did since the last, and draw ``chains.png`` in the log directory.
+    """Log at every validation what the chains did since the last one, and draw ``chains.png`` in the log directory.
 
-    - ``chain/mismatch``: how far the masks trained on are from those that the sampler meets, see ``mismatch``: about 1
-    for
-      random masks, 0 if they are the sampler's own. The sampler starts from the prompts of the next batch and uses the
-      weights that are validated, which are those of EMA if there is one.
+    - ``chain/mismatch``: how far the masks trained on are from those the sampler meets, see ``mismatch``: about 1 for
+      random masks, 0 if they are the sampler's own. The sampler starts from the prompts of the next batch, with the
+      weights that are validated: those of EMA, if it is used.
     - ``chain/loss_1``, ``chain/loss_2``, ...: the training loss in nats per token, where little to most of the answer
       is revealed.
     - ``chain/by_count``, ``chain/by_threshold``: positions revealed in a step after which a chain goes on, by the
-      target count alone and above the threshold.
-    - ``chain/length``: training steps of a chain, over the chains that ended and whose start was seen.
+      target count alone and because they are above the threshold.
+    - ``chain/length``: training steps of the chains that ended, of those whose start was seen.
     - ``chain/sequences``: clean sequences taken since the start of training, all processes together.
 
     Args:
@@ -48,7 +47,7 @@ class ChainDiagnostics(Callback):
     def __init__(self, sampler: AnySampler | None = None, num_sequences: int = 64, num_parts: int = 4) -> None:
         for name, number in (("num_sequences", num_sequences), ("num_parts", num_parts)):
             if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+                raise ValueError(f"{name}: expected at least 1, got {number}; raise it")
         self.sampler = sampler
         self.num_sequences = num_sequences
         self.num_parts = num_parts
@@ -61,7 +60,9 @@ class ChainDiagnostics(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the stream."""
         if not isinstance(pl_module, MaskedDiffusion):
-            raise ValueError(f"ChainDiagnostics needs a diffusion model, got {type(pl_module).__name__}")
+            raise ValueError(
+                f"ChainDiagnostics: expected a diffusion model, got {type(pl_module).__name__}; leave the callback out"
+            )
         self.history = [past for past in self.history if past["step"] <= trainer.global_step]
         self._sums, self._ages = {}, {}
         self._unmasking = pl_module.forward_process.unmasking
@@ -120,7 +121,7 @@ class ChainDiagnostics(Callback):
             self._sums["kept"], self._sums["possible"] = self._agreement(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log, draw, and start to add up again."""
+        """Log, draw, and start adding up again."""
         if "kept" not in self._sums:
             return
         assert isinstance(pl_module, MaskedDiffusion)
@@ -141,7 +142,7 @@ class ChainDiagnostics(Callback):
         self.path = save_picture(trainer, "chains", self.draw) or self.path
 
     def _agreement(self, trainer: pl.Trainer, module: MaskedDiffusion) -> tuple[Tensor, Tensor]:
-        """See ``agreement``, for the sequences that are trained on next."""
+        """Return the ``agreement`` for the sequences that are trained on next."""
         batch = module.stream.peek()
         # Spread evenly: neighbouring rows may be at the same stage for ever.
         size = len(batch["xt"])
@@ -154,7 +155,7 @@ class ChainDiagnostics(Callback):
         return agreement(cut(masked), cut(prompt_mask), cut(reveal_step))
 
     def draw(self) -> Figure:
-        """Return the picture of the validations seen so far."""
+        """Draw the validations seen so far."""
         return draw_chains(self.history)
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,13 +168,13 @@ class ChainDiagnostics(Callback):
 
 
 def mismatch(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> float:
-    """Tell how far masks are from those that a sampler meets on its way from the same prompts.
+    """Return how far masks are from those that a sampler meets on its way from the same prompts.
 
-    A mask with n revealed positions is compared with the first n positions that the sampler reveals. From the number of
-    positions they share, the number that n uniformly chosen positions would share on average is taken off. What is left
-    is divided by the most that could be left, over all sequences. So it is 0 if the masks are the sampler's own, and 1
-    on average if they are random; above 1 if they reveal first what the sampler reveals last. Sequences that the
-    sampler fills in a single pass, such as blocks after an answer's end, have no order and are left out.
+    A mask with n revealed positions is compared with the first n positions that the sampler reveals. How many
+    positions the two share, beyond what n uniformly chosen positions would share on average, is divided by the most
+    it could be, summed over all sequences; the mismatch is 1 minus that. It is 0 if the masks are the sampler's own,
+    1 on average if they are random, and above 1 if they reveal first what the sampler reveals last. Sequences that
+    the sampler fills in a single pass, such as blocks after an answer's end, have no order and are left out.
 
     Args:
         masked: True where a position is masked, (B, L) bool.
@@ -181,14 +182,14 @@ def mismatch(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> float:
         reveal_step: When the sampler revealed each position, -1 where given, (B, L) int64.
 
     Returns:
-        The mismatch; NaN if no sequence has anything to say.
+        The mismatch; NaN if no sequence has an order.
     """
     kept, possible = agreement(masked, prompt_mask, reveal_step)
     return float(1 - kept / possible)
 
 
 def agreement(masked: Tensor, prompt_mask: Tensor, reveal_step: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what ``mismatch`` divides: positions shared beyond chance, and the most there could be, () float each."""
+    """Return what ``mismatch`` divides: positions shared beyond chance, and the most there could be; sums, () float."""
     answer = ~prompt_mask
     revealed = answer & ~masked
     length, number = answer.sum(1).float(), revealed.sum(1).float()

@@ -1,7 +1,8 @@
-"""Drawings of sequences on their way from masked to clean."""
+"""The pictures of the callbacks: sequences on their way from masked to clean, and what chains did over training."""
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -11,36 +12,39 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from puma_lightning.data.base import Grid
+from puma_lightning.data.base import Picture
 
 Panel = tuple[Tensor, Tensor, Tensor]
 COLORMAP = colormaps["viridis_r"]
 
 
-def draw_reveal_order(panels: Sequence[Sequence[Panel]], titles: Sequence[str], grid: Grid | None = None) -> Figure:
-    """Draw when each position of some sequences was revealed: one row a sequence, one column a title.
+def draw_reveal_order(
+    panels: Sequence[Sequence[Panel]], titles: Sequence[str], picture: Picture | None = None
+) -> Figure:
+    """Draw when each position of some sequences was revealed: a row for each sequence, a column for each title.
 
-    Sequences are drawn as strips or, with a grid, as boards. Given positions are grey, the others coloured from early
-    (light) to late (dark); tokens unlike the target are crossed out in red.
+    Given positions are grey, the others coloured from early (light) to late (dark); tokens that differ from the target
+    are crossed out in red.
 
     Args:
-        panels: For each row and column ``(tokens, reveal_step, target)``, each (L,); reveal_step is -1 where given.
+        panels: For each row and column (tokens, reveal_step, target), each (L,); reveal_step is -1 where given.
         titles: One for each column.
-        grid: Which part of a sequence to draw as a grid of cells; None for the whole as a strip.
+        picture: How to draw a sequence as a grid, as a DataModule may offer it; None for a strip.
 
     Returns:
         The figure.
     """
     length = len(panels[0][0][0])
-    grid = grid or Grid(1, length, 1, length)
-    size = (2.4, 2.4) if grid.rows > 1 else (max(3.0, 0.22 * grid.columns), 0.8)
+    picture = picture or Picture(torch.arange(length)[None])
+    rows, columns = picture.positions.shape
+    size = (2.4, 2.4) if rows > 1 else (max(3.0, 0.22 * columns), 0.8)
     figure = Figure(figsize=(size[0] * len(titles) + 1.0, size[1] * len(panels) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
     last = max(1, *(int(reveal_step.max()) for row in panels for _, reveal_step, _ in row))
     scale = Normalize(0, last)
     for line, row in zip(axes, panels, strict=True):
         for axis, panel in zip(line, row, strict=True):
-            _draw_panel(axis, panel, scale, grid)
+            _draw_panel(axis, panel, scale, picture)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
     bar = figure.colorbar(ScalarMappable(scale, COLORMAP), ax=list(axes.flat), shrink=0.8, pad=0.02)
@@ -84,12 +88,11 @@ def draw_chains(history: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
-def _draw_panel(axis: Axes, panel: Panel, scale: Normalize, grid: Grid) -> None:
-    tokens, reveal_step, target = (tensor.tolist() for tensor in panel)
-    rows, columns, box_rows, box_columns, first = grid
-    for cell in range(rows * columns):
+def _draw_panel(axis: Axes, panel: Panel, scale: Normalize, picture: Picture) -> None:
+    rows, columns = picture.positions.shape
+    drawn = (tensor[picture.positions].flatten().tolist() for tensor in panel)
+    for cell, (token, step, right) in enumerate(zip(*drawn, strict=True)):
         row, column = divmod(cell, columns)
-        token, step, right = tokens[first + cell], reveal_step[first + cell], target[first + cell]
         color = COLORMAP(scale(step)) if step >= 0 else (0.92, 0.92, 0.92, 1.0)
         axis.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.6))
         dark = 0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2] < 0.5
@@ -100,7 +103,8 @@ def _draw_panel(axis: Axes, panel: Panel, scale: Normalize, grid: Grid) -> None:
         )  # fmt: skip
         if step >= 0 and token != right:
             axis.plot([column + 0.15, column + 0.85], [row + 0.85, row + 0.15], color="red", linewidth=1.6)
-    if rows > 1:
+    if picture.box is not None:
+        box_rows, box_columns = picture.box
         for line in range(0, rows + 1, box_rows):
             axis.axhline(line, color="black", linewidth=1.2)
         for line in range(0, columns + 1, box_columns):

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from puma_lightning.chain.student import AnySampler, Sample
-from puma_lightning.data.base import Batch, Offered
+from puma_lightning.data.base import Decode, offer_of
+from puma_lightning.data.batch import Batch
 from puma_lightning.modules.generative import GenerativeModule, loader_suffix
 
 # What a metric's update can ask for, by name.
@@ -22,22 +23,23 @@ GIVEN = ("tokens", "input_ids", "prompt_mask", "completions", "answers")
 
 
 class GenerationEvaluation(Callback):
-    """Complete the prompts of the validation (or test) set with each sampler and log each metric.
+    """Complete the prompts of the validation (or test) set with each sampler, and log each metric.
 
-    Log ``val/<metric>/<sampler>``, such as ``val/solved/confidence_1``, for a metric with one result. For a metric with
-    several results log ``val/<metric>_<result>/<sampler>``, such as ``val/program_accuracy/confidence_1``. Also log
-    ``val/nfe/<sampler>``, the mean number of forward passes. Each rank completes its own share of the set.
+    Logged are ``val/<metric>/<sampler>``, such as ``val/solved/confidence_1``, or, for a metric with several results,
+    ``val/<metric>_<result>/<sampler>``, such as ``val/program_accuracy/confidence_1``; and ``val/nfe/<sampler>``, the
+    mean number of forward passes. Each rank completes its own share of the set.
 
-    Give a metric what the arguments of its ``update`` ask for: ``tokens``, ``input_ids`` and ``prompt_mask``, (B, L)
-    each; ``completions``, B texts, which the DataModule's ``decode`` makes; ``answers``, B texts, which are the batch's
-    ``answer``. A metric that asks for answers is left out on a set that has none, with a warning if no set has any.
+    Metrics get what the arguments of their ``update`` ask for: ``tokens``, ``input_ids``, ``prompt_mask``, all (B, L),
+    ``completions`` and ``answers``, lists of text. For ``completions`` the DataModule must offer
+    ``decode`` (see ``DataOffer``), for ``answers`` the batches must have an ``answer``. A metric that asks for answers
+    ignores sets without them, and warns if no set has any.
 
     Args:
         metrics: By name.
         samplers: The samplers to compare.
         num_examples: Complete at most this many sequences of each set (all ranks together); null for all.
         num_shown: Log the text of this many completions at every validation, to ``samples.md`` in the log directory and
-            to TensorBoard; takes a DataModule that decodes.
+            to TensorBoard; the DataModule must offer ``decode``.
 
     Raises:
         ValueError: If an argument is out of range, or two samplers have the same name.
@@ -51,19 +53,28 @@ class GenerationEvaluation(Callback):
         num_shown: int = 0,
     ) -> None:
         if not metrics or not samplers:
-            raise ValueError("GenerationEvaluation needs at least one metric and one sampler")
+            raise ValueError(
+                f"GenerationEvaluation: expected at least one metric and one sampler, got {len(metrics)} and "
+                f"{len(samplers)}; name some, or leave the callback out"
+            )
         if reserved := {"nfe", "examples"} & set(metrics):
-            raise ValueError(f"a metric cannot be called {reserved.pop()!r}: GenerationEvaluation counts that itself")
+            raise ValueError(
+                f"metrics: expected names other than nfe and examples, which GenerationEvaluation counts itself, got "
+                f"{reserved.pop()!r}; name the metric otherwise"
+            )
         for name, metric in metrics.items():
             if unknown := set(arguments(metric)) - set(GIVEN):
-                raise ValueError(f"metric {name!r} asks for {sorted(unknown)}; update can take {', '.join(GIVEN)}")
+                raise ValueError(
+                    f"metrics: expected an update that takes some of {', '.join(GIVEN)}, got {sorted(unknown)} in "
+                    f"metric {name!r}; rename its arguments"
+                )
         names = [sampler.name for sampler in samplers]
         if len(set(names)) < len(names):
-            raise ValueError(f"samplers must differ in name, got {names}")
+            raise ValueError(f"samplers: expected different names, got {names}; leave out one of those alike")
         if num_examples is not None and num_examples < 1:
-            raise ValueError(f"num_examples must be at least 1 or null, got {num_examples}")
+            raise ValueError(f"num_examples: expected at least 1 or null, got {num_examples}; raise it")
         if num_shown < 0:
-            raise ValueError(f"num_shown must be at least 0, got {num_shown}")
+            raise ValueError(f"num_shown: expected at least 0, got {num_shown}; raise it")
         self.metrics = metrics
         self.samplers = samplers
         self.num_examples = num_examples
@@ -75,11 +86,11 @@ class GenerationEvaluation(Callback):
         self._warned = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let a new run be warned again."""
+        """Start a run, which has not been warned yet."""
         self._warned = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start to count."""
+        """Start counting from 0."""
         self._results = {}
         self._seen = {}
         self._shown = []
@@ -111,12 +122,11 @@ class GenerationEvaluation(Callback):
             return
         self._seen[dataloader_idx] = seen + wanted
         batch = {name: column[:wanted] for name, column in batch.items()}
-        decode = Offered(trainer.datamodule).decode  # type: ignore[attr-defined]
+        decode = offer_of(trainer).decode
         if decode is None and any("completions" in arguments(metric) for metric in metrics.values()):
             raise ValueError(
-                "decode: expected a DataModule that has it, as a metric asks for completions, which are text, got "
-                "none; "
-                'define decode(tokens, prompt_mask) -> {"prompt": ..., "completion": ...}'
+                "decode: expected a function (tokens, prompt_mask) -> dict[str, str] of the DataModule, as a metric "
+                "asks for completions, which are text, got none; define it, or leave the metric out"
             )
         suffix = loader_suffix(trainer, dataloader_idx)
         for sampler in self.samplers:
@@ -212,12 +222,18 @@ class GenerationEvaluation(Callback):
 
 
 def arguments(metric: Metric) -> list[str]:
-    """Return what a metric asks for at every update."""
+    """Return the names of what a metric asks for at every update."""
     return list(inspect.signature(metric.update).parameters)
 
 
-def decoded(tokens: Tensor, prompt_mask: Tensor | None, decode: Any) -> list[dict[str, str]]:
-    """Return the rows as text, by the ``decode`` of a DataModule; nothing if it has none."""
+def decoded(tokens: Tensor, prompt_mask: Tensor | None, decode: Decode | None) -> list[dict[str, str]]:
+    """Return the texts of every row, by the ``decode`` of a DataModule; no texts without it.
+
+    Args:
+        tokens: Token ids (B, L).
+        prompt_mask: True where a position is given (B, L); None if nothing is. It may be shorter than the tokens.
+        decode: See ``DataOffer``.
+    """
     if decode is None:
         return [{} for _ in tokens]
     if prompt_mask is not None:

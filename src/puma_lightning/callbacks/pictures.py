@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 
 def save_picture(trainer: pl.Trainer, name: str, draw: Callable[[], Figure] | None) -> Path | None:
-    """Draw a picture again in the log directory and in TensorBoard. To be called on all ranks; the first draws.
+    """Draw a picture in the log directory, over an earlier one, and in TensorBoard. Call it on all ranks; rank 0 draws.
 
     Args:
-        trainer: Whose log directory it is.
-        name: Of the file, without its ending.
-        draw: None if there is nothing to draw.
+        trainer: The Trainer that has the log directory.
+        name: Name of the file, without its ending.
+        draw: Returns the picture; None if there is nothing to draw.
 
     Returns:
         The file; None where nothing was drawn, as in a trial run.

@@ -11,14 +11,14 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from puma_lightning.callbacks.generation import GenerationEvaluation, decoded
-from puma_lightning.data.base import Offered
+from puma_lightning.data.base import offer_of
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write one JSON object a sequence, in the order of the data set.
+    """Write one JSON object for each sequence, in the order of the data set.
 
-    Keys: ``index``, ``tokens``, ``reveal_step``, ``nfe``; ``dataloader`` where there are several; what the DataModule's
-    ``decode(tokens, prompt_mask) -> dict[str, str]`` gives, such as ``prompt`` and ``completion``; ``answer`` where the
+    Keys: ``index``, ``tokens``, ``reveal_step``, ``nfe``; ``dataloader`` where there are several; the texts of
+    the DataModule's ``decode`` (see ``DataOffer``), such as ``prompt`` and ``completion``; ``answer`` where the
     batch has one; and what the metrics of a ``GenerationEvaluation`` say about a row, if they have
     ``judge(completions, answers) -> list[dict]``. Every rank writes a part, and rank 0 joins them.
 
@@ -72,8 +72,7 @@ class PredictionWriter(BasePredictionWriter):
     def _described(self, trainer: pl.Trainer, tokens: Tensor, batch: Any) -> list[dict[str, Any]]:
         """Return what can be said about each row beyond its tokens."""
         given = batch if isinstance(batch, dict) else {}
-        decode = Offered(trainer.datamodule).decode  # type: ignore[attr-defined]
-        rows: list[dict[str, Any]] = list(decoded(tokens, given.get("prompt_mask"), decode))
+        rows: list[dict[str, Any]] = list(decoded(tokens, given.get("prompt_mask"), offer_of(trainer).decode))
         answers = given.get("answer")
         if answers is not None:
             rows = [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Counts optimizer steps of the whole run, with elapsed time and ETA; epochs mean little to a chain.
+    """Count optimizer steps of the whole run, with elapsed time and ETA; epochs mean little to a chain.
 
     Args:
         refresh_rate: Redraw every this many optimizer steps.

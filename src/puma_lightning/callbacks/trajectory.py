@@ -13,19 +13,20 @@ from matplotlib.figure import Figure
 from puma_lightning.callbacks.drawing import draw_reveal_order
 from puma_lightning.callbacks.pictures import save_picture
 from puma_lightning.chain.student import AnySampler
-from puma_lightning.data.base import Grid, Offered
+from puma_lightning.data.base import Picture, offer_of
 from puma_lightning.modules.generative import GenerativeModule
 
 
 class UnmaskingTrajectory(Callback):
-    """Draws, for fixed validation sequences, the step at which each cell is filled (Figure 3 of arXiv 2602.10314).
+    """Draw, for fixed validation sequences, the step at which each position is filled (Figure 3 of arXiv 2602.10314).
 
-    One row a sequence, one column a validation; at every validation the picture ``unmasking_order.png`` in the
-    log directory is drawn again, and logged to TensorBoard.
+    The picture has one row for each sequence and one column for each validation. Every validation draws it again, as
+    ``unmasking_order.png`` in the log directory and in TensorBoard. Sequences are strips, unless the DataModule offers
+    a ``picture`` (see ``DataOffer``).
 
     Args:
-        num_examples: Sequences to follow: the first of the first validation set.
-        sampler: How they are filled in; null for the model's own sampler.
+        num_examples: Number of sequences to follow: the first of the first validation set.
+        sampler: What fills them in; null for the model's own sampler.
         max_columns: Validations shown, spread evenly from the first to the latest.
 
     Raises:
@@ -35,7 +36,7 @@ class UnmaskingTrajectory(Callback):
     def __init__(self, num_examples: int = 2, sampler: AnySampler | None = None, max_columns: int = 5) -> None:
         for name, number in (("num_examples", num_examples), ("max_columns", max_columns)):
             if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+                raise ValueError(f"{name}: expected at least 1, got {number}; raise it")
         self.num_examples = num_examples
         self.sampler = sampler
         self.max_columns = max_columns
@@ -74,12 +75,12 @@ class UnmaskingTrajectory(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what has been seen so far."""
         drawing = self.history and not trainer.sanity_checking
-        grid = Offered(trainer.datamodule).grid  # type: ignore[attr-defined]
-        path = save_picture(trainer, "unmasking_order", partial(self.draw, grid) if drawing else None)
+        draw = partial(self.draw, offer_of(trainer).picture) if drawing else None
+        path = save_picture(trainer, "unmasking_order", draw)
         self.path = path or self.path
 
-    def draw(self, grid: Grid | None = None) -> Figure:
-        """Draw the validations seen so far, as grids if the sequences hold one."""
+    def draw(self, picture: Picture | None = None) -> Figure:
+        """Draw the validations seen so far: sequences as ``picture`` says, or as strips."""
         last = len(self.history) - 1
         picked = torch.linspace(0, last, min(self.max_columns, last + 1)).round().long().tolist()
         columns = [self.history[index] for index in picked]
@@ -88,7 +89,7 @@ class UnmaskingTrajectory(Callback):
             [(column["tokens"][row], column["reveal_step"][row], column["target"][row]) for column in columns]
             for row in range(rows)
         ]
-        return draw_reveal_order(panels, [f"step {column['step']:,}" for column in columns], grid)
+        return draw_reveal_order(panels, [f"step {column['step']:,}" for column in columns], picture)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been seen, so that a resumed run goes on with the same picture."""

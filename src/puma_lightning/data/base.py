@@ -1,216 +1,190 @@
-"""The one batch format and its check, and what a DataModule may offer besides its loaders."""
+"""What a DataModule may offer beyond its loaders, declared in one place; and what our own DataModules share."""
 
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-Batch = dict[str, Tensor]
-DEFAULT_CACHE = "~/.cache/puma_lightning"
+Decode = Callable[[Tensor, Tensor | None], dict[str, str]]
 
 
-def check_batch(
-    batch: Any,
-    *,
-    mask_id: int,
-    vocab_size: int,
-    may_be_given: bool = False,
-    first_given: bool = False,
-    clean: bool = True,
-) -> Batch:
-    """Check a batch ``{"input_ids": (B, L), "prompt_mask": (B, L)}`` from any DataModule.
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """How to draw a sequence as a grid.
 
     Args:
-        batch: What a DataLoader returned. Without a ``prompt_mask`` nothing is given; where the answer may hold
-            mask tokens, everything else is.
-        mask_id: The mask token.
-        vocab_size: V; token ids must be in 0..V-1.
-        may_be_given: Whether a prompt may cover everything.
-        first_given: Whether position 0 must be given, as a shifted model wants it.
-        clean: Whether the answer must be free of mask tokens (it need not be for prediction).
-
-    Returns:
-        ``{"input_ids": (B, L) int64, "prompt_mask": (B, L) bool}``.
+        positions: The position of the sequence that each cell of the grid shows, (rows, columns) int64. What it leaves
+            out is not drawn.
+        box: Rows and columns of the boxes that thick lines enclose; None for no lines.
 
     Raises:
-        ValueError: If the batch has another form, or holds what no model can be trained on.
-    """
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        got = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(
-            f'batch: expected {{"input_ids": (B, L) int64, "prompt_mask": (B, L) bool}}, got {got}; '
-            "return such a dictionary from your Dataset"
-        )
-    input_ids = batch["input_ids"]
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-        raise ValueError(
-            f"input_ids: expected (B, L) integers, got {tuple(input_ids.shape)} {input_ids.dtype}; give every "
-            "sequence the same length"
-        )
-    input_ids = input_ids.long()
-    prompt_mask = batch.get("prompt_mask")
-    if prompt_mask is None:
-        prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool) if clean else input_ids != mask_id
-    if prompt_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"prompt_mask: expected the shape of input_ids {tuple(input_ids.shape)}, got {tuple(prompt_mask.shape)}; "
-            "say for each position whether it is given"
-        )
-    prompt_mask = prompt_mask.bool()
-
-    outside = (input_ids < 0) | (input_ids >= vocab_size)
-    if outside.any():
-        row, column = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"input_ids: expected token ids in 0..{vocab_size - 1} (vocabulary {vocab_size}), got "
-            f"{input_ids[row, column].item()} at row {row}, position {column} of a batch; use the tokenizer of this "
-            "model"
-        )
-    masks = (input_ids == mask_id) & (prompt_mask | clean)
-    if masks.any():
-        row, column = masks.nonzero()[0].tolist()
-        raise ValueError(
-            f"input_ids: expected {'clean data' if clean else 'a prompt'} without the mask token {mask_id}, got it at "
-            f"row {row}, position {column} of a batch; give the mask an id of its own"
-        )
-    given = prompt_mask.all(1)
-    if given.any() and not may_be_given:
-        raise ValueError(
-            "prompt_mask: expected at least one position to predict, got a prompt that covers the whole sequence in "
-            f"row {int(given.nonzero()[0])} of a batch; leave such sequences out, or cut their prompts"
-        )
-    if first_given:
-        check_first(prompt_mask)
-    return {"input_ids": input_ids, "prompt_mask": prompt_mask}
-
-
-def check_first(prompt_mask: Tensor) -> None:
-    """Check that a model which predicts each position at the one before it has a position to start from.
-
-    Raises:
-        ValueError: If position 0 of a row of the mask, (B, L) bool, is not given.
-    """
-    if not prompt_mask[:, 0].all():
-        raise ValueError(
-            "prompt_mask: expected position 0 to be given, as an autoregressive or shifted model predicts each "
-            f"position at the one before it, got row {int((~prompt_mask[:, 0]).nonzero()[0])} of a batch, where it is "
-            "not; start sequences with a token such as EOS and set prompt_mask there"
-        )
-
-
-class Grid(NamedTuple):
-    """How a sequence is drawn as a grid of cells, row by row.
-
-    Attributes:
-        rows: Rows of the grid.
-        columns: Columns of the grid.
-        box_rows: Rows of the boxes that lines set apart.
-        box_columns: Columns of these boxes.
-        first: The position of the first cell in the sequence.
+        ValueError: If the positions have another form.
     """
 
-    rows: int
-    columns: int
-    box_rows: int
-    box_columns: int
-    first: int = 0
+    positions: Tensor
+    box: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions.dim() != 2 or self.positions.dtype != torch.int64:
+            raise ValueError(
+                f"positions: expected int64 (rows, columns), got {self.positions.dtype} {tuple(self.positions.shape)}; "
+                "say of each cell which position it shows"
+            )
 
 
-class Offered:
-    """What a DataModule offers besides its loaders. Everything is optional, and nothing is inherited.
+class DataOffer:
+    """What a DataModule may offer beyond its loaders. This class declares all of it, and nothing else reads it.
 
-    A DataModule offers a thing by having an attribute, a property or a method of its name. The command line reads
-    ``vocab_size`` and ``mask_id`` when the DataModule has been made, so they are set in its ``__init__`` or its class.
+    Nothing is required, and there is no class to inherit from: any ``LightningDataModule`` will do whose loaders return
+    batches ``{"input_ids": (B, L) int64, "prompt_mask": (B, L) bool}``. What it has under these names is used as well:
 
-    - ``vocab_size``: V, with the mask token. The command line gives it to the backbone.
-    - ``mask_id``: the mask token. The command line gives it to the model.
-    - ``eos_id``: the token that ends and pads an answer. Without it answers have no end.
-    - ``decode(tokens, prompt_mask)``: a sequence, (L,), as named texts: ``{"prompt": ..., "completion": ...}``. Without
-      it no text is shown, written or judged.
-    - ``val_names``, ``test_names``: a name for each validation (test) loader. Without them the metrics of the second
-      loader end in ``/1``.
-    - ``tokenizer_fingerprint``: a hash of all that determines token ids. Without it nobody notices that weights were
-      trained with another tokenizer.
-    - ``grid``: the ``Grid`` that sequences are drawn as. Without it they are drawn as strips.
+    - ``vocab_size``, ``mask_id`` and ``eos_id``, set in ``__init__``: the command line gives them to the model;
+    - ``decode``, ``picture`` and ``tokenizer_fingerprint``, which are looked up when they are needed, so that they may
+      be there only after ``prepare_data``;
+    - ``val_names`` and ``test_names``, read by ``set_names``.
 
-    ``TextDataModule`` also has ``encode`` and ``encode_prompt``, to be overridden for columns and formats of one's own.
+    What it lacks, or has as None, is done without. The properties below say what each is, who uses it, and what is
+    missing without it.
+
+    A batch may offer an ``answer``, a list of B texts, for metrics whose ``update`` asks for ``answers``.
+
+    ``encode`` and ``encode_prompt`` are not part of this: they are methods of ``TextDataModule``, for its subclasses to
+    override.
 
     Args:
-        datamodule: Any DataModule; None if the loaders come from elsewhere.
+        datamodule: Any DataModule; None, for a Trainer that was given loaders, offers nothing.
+
+    Raises:
+        ValueError: By every property, if the DataModule has something else under that name.
     """
 
-    def __init__(self, datamodule: object) -> None:
+    def __init__(self, datamodule: object | None) -> None:
         self._datamodule = datamodule
 
     @property
-    def vocab_size(self) -> int:
-        """V; raises ValueError if it is not there, as ``mask_id`` does."""
-        return self._required("vocab_size")
+    def vocab_size(self) -> int | None:
+        """V, the number of tokens with the mask token.
+
+        Used by the command line, which gives it to the backbone and cannot do without. In Python, pass it yourself.
+        """
+        return self._integer("vocab_size")
 
     @property
-    def mask_id(self) -> int:
-        """The mask token."""
-        return self._required("mask_id")
+    def mask_id(self) -> int | None:
+        """The mask token, which no clean sequence contains.
+
+        Used by the command line, which gives it to the model and cannot do without. In Python, pass it yourself.
+        """
+        return self._integer("mask_id")
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends and pads an answer."""
-        eos_id: int | None = self._typed("eos_id", int, "a token id")
-        return eos_id
+        """The token that ends an answer.
+
+        Used by the command line, which gives it to a model that generates from left to right. Without it nothing
+        ends an answer early, and every position is generated.
+        """
+        return self._integer("eos_id")
 
     @property
-    def decode(self) -> Callable[[Tensor, Tensor | None], dict[str, str]] | None:
-        """From a sequence, (L,), and its prompt mask to named texts."""
-        decode = getattr(self._datamodule, "decode", None)
-        if decode is not None and not callable(decode):
+    def decode(self) -> Decode | None:
+        """``decode(tokens, prompt_mask) -> dict[str, str]``: the texts in a sequence (L,), by name.
+
+        ``prompt_mask`` is (L,) bool, or None if nothing is given. The text under ``completion`` is what metrics judge.
+        Used by ``PredictionWriter``, which writes every text, and by ``GenerationEvaluation`` for metrics whose
+        ``update`` asks for ``completions`` and to show samples. Without it predictions are tokens alone, no samples
+        are shown, and a metric that asks for completions is refused.
+        """
+        expected = "a function (tokens, prompt_mask) -> dict[str, str]"
+        decode = self._offered("decode", expected, _takes_two)
+
+        def checked(tokens: Tensor, prompt_mask: Tensor | None) -> dict[str, str]:
+            texts: Any = decode(tokens, prompt_mask)
+            if isinstance(texts, dict) and all(isinstance(part, str) for pair in texts.items() for part in pair):
+                return texts
             raise ValueError(
-                f"decode: expected a function (tokens, prompt_mask) -> dict[str, str], got {decode!r}; make it a method"
+                f"decode: expected {expected}, got one that returned {_short(texts)}; return texts by name, such as "
+                '{"prompt": ..., "completion": ...}'
             )
-        return decode
+
+        return None if decode is None else checked
+
+    @property
+    def picture(self) -> Picture | None:
+        """How to draw a sequence as a grid, such as a board or an image.
+
+        Used by ``UnmaskingTrajectory``. Without it sequences are drawn as strips.
+        """
+        picture = self._offered("picture", "a puma_lightning.data.base.Picture", _is(Picture))
+        assert picture is None or isinstance(picture, Picture)
+        return picture
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
-        """A hash of all that determines token ids."""
-        fingerprint: str | None = self._typed("tokenizer_fingerprint", str, "a hash")
-        return fingerprint
+        """A text that differs between tokenizers that differ.
 
-    @property
-    def grid(self) -> Grid | None:
-        """How a sequence is drawn."""
-        grid: Grid | None = self._typed("grid", Grid, "a puma_lightning.data.base.Grid")
-        return grid
+        Used by checkpoints, which keep it, so that weights are not loaded where token ids mean something else. Without
+        it that is not checked.
+        """
+        fingerprint = self._offered("tokenizer_fingerprint", "a string", _is(str))
+        return None if fingerprint is None else str(fingerprint)
 
-    def loader_name(self, stage: str, index: int) -> str:
-        """Return the name of a loader of ``val`` or ``test``; its number if it has none.
+    def set_names(self, stage: Literal["val", "test"], number: int) -> list[str]:
+        """Return the names of the validation or test sets: ``val_names`` or ``test_names`` of the DataModule.
+
+        Used for the names of metrics: those of the first set end in nothing, those of another in ``/name``. Without
+        names they end in the number of the loader.
+
+        Args:
+            stage: Whose sets.
+            number: How many loaders there are.
+        """
+
+        def is_right(names: Any) -> bool:
+            texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+            return texts and len(names) == len(set(names)) == number
+
+        expected = f"a different name for each of {number} {stage} loaders"
+        names = self._offered(f"{stage}_names", expected, is_right)
+        return [str(index) for index in range(number)] if names is None else list(names)
+
+    def required(self, name: Literal["vocab_size", "mask_id"]) -> int:
+        """Return what the command line cannot do without.
 
         Raises:
-            ValueError: If there are names, but none for this loader.
+            ValueError: If the DataModule does not offer it.
         """
-        what = f"a list with a name for each {stage} loader"
-        names: list[str] | None = self._typed(f"{stage}_names", (list, tuple), what)
-        if names and index >= len(names):
-            raise ValueError(f"{stage}_names: expected {what}, got {names} for {index + 1} or more; name all of them")
-        return str(names[index] if names else index)
-
-    def _required(self, name: str) -> int:
-        value: int | None = self._typed(name, int, "an integer")
+        value = self._integer(name)
         if value is None:
             raise ValueError(
-                f"data: expected an attribute {name} for the command line to give to the model, got none from "
-                f"{type(self._datamodule).__name__}; set it in __init__"
+                f"{name}: expected an integer, as an attribute of {type(self._datamodule).__name__}, got none; set it "
+                "in __init__, as the command line gives it to the model"
             )
         return value
 
-    def _typed(self, name: str, wanted: type | tuple[type, ...], what: str) -> Any:
+    def _integer(self, name: str) -> int | None:
+        value = self._offered(name, "an integer", _is_integer)
+        return None if value is None else operator.index(value)
+
+    def _offered(self, name: str, expected: str, is_right: Callable[[Any], bool]) -> Any:
         value = getattr(self._datamodule, name, None)
-        if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
-            owner = type(self._datamodule).__name__
-            raise ValueError(f"{name}: expected {what} or None from {owner}, got {value!r}; set it to one of these")
-        return value
+        if value is None or is_right(value):
+            return value
+        raise ValueError(
+            f"{name}: expected {expected}, got {_short(value)} from {type(self._datamodule).__name__}; correct it, or "
+            "leave it out"
+        )
+
+
+def offer_of(trainer: pl.Trainer | None) -> DataOffer:
+    """Return what the DataModule of a Trainer offers: nothing, if there is no DataModule or no Trainer."""
+    return DataOffer(None if trainer is None else trainer.datamodule)  # type: ignore[attr-defined]
 
 
 def make_loader(
@@ -220,7 +194,7 @@ def make_loader(
     num_workers: int,
     collate_fn: Callable[[Any], Any] | None = None,
 ) -> DataLoader[Any]:
-    """Make a DataLoader with what all of ours have in common."""
+    """Return a DataLoader with the settings that all of ours have in common."""
     return DataLoader(
         dataset,
         batch_size=batch_size,  # by keyword: Lightning's replacement of samplers fails otherwise
@@ -232,15 +206,42 @@ def make_loader(
     )
 
 
-def cache_folder(cache_dir: str) -> Path:
-    """Return where a DataModule keeps what it made; the default follows ``$XDG_CACHE_HOME`` if set."""
-    if cache_dir == DEFAULT_CACHE and os.environ.get("XDG_CACHE_HOME"):
-        cache_dir = os.path.join(os.environ["XDG_CACHE_HOME"], "puma_lightning")
-    return Path(cache_dir).expanduser()
-
-
 def at_least(argument: str, value: int, low: int) -> int:
-    """Return the value of an argument; raise ValueError, with its name, if it is below ``low``."""
+    """Return the value of an argument.
+
+    Raises:
+        ValueError: If it is below ``low``; the message names the argument.
+    """
     if value < low:
-        raise ValueError(f"{argument}: expected at least {low}, got {value}; give such a number")
+        raise ValueError(f"{argument}: expected at least {low}, got {value}; raise it")
     return value
+
+
+def _takes_two(decode: Any) -> bool:
+    """Tell whether a function can be called with two arguments, as far as it says."""
+    if not callable(decode):
+        return False
+    try:
+        inspect.signature(decode).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # some functions written in C do not say
+        return True
+    return True
+
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+def _is_integer(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

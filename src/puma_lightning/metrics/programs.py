@@ -36,11 +36,15 @@ class ProgramAccuracy(Metric):
     def __init__(self, timeout: float = 2.0, memory_mb: int = 256, workers: int | None = None) -> None:
         super().__init__()
         if not (math.isfinite(timeout) and timeout > 0):
-            raise ValueError(f"expected timeout > 0 seconds, got {timeout}; 2 is enough for word problems")
+            raise ValueError(f"timeout: expected more than 0 seconds, got {timeout}; 2 is enough for word problems")
         if memory_mb < 64:
-            raise ValueError(f"expected memory_mb >= 64, which Python itself needs, got {memory_mb}; set it to 256")
+            raise ValueError(
+                f"memory_mb: expected at least 64, which Python itself needs, got {memory_mb}; set it to 256"
+            )
         if workers is not None and workers < 1:
-            raise ValueError(f"expected workers >= 1 or null, got {workers}; leave it out to use the cores there are")
+            raise ValueError(
+                f"workers: expected at least 1 or null, got {workers}; leave it out to use the cores there are"
+            )
         self.timeout, self.memory_mb, self.workers = timeout, memory_mb, workers
         for name in ("total", "correct", "unparsable", "crashed", "timed_out"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
@@ -73,7 +77,7 @@ class ProgramAccuracy(Metric):
         ]
 
     def update(self, completions: list[str], answers: list[str]) -> None:
-        """Run and counts programs; raises as ``judge`` does."""
+        """Run and count programs; raise as ``judge`` does."""
         rows = self.judge(completions, answers)
         outcomes = Counter(row["outcome"] for row in rows)
         self.total += len(rows)
@@ -83,7 +87,7 @@ class ProgramAccuracy(Metric):
                 setattr(self, outcome, getattr(self, outcome) + outcomes[outcome])
 
     def compute(self) -> dict[str, Tensor]:
-        """Return shares of all programs so far, float scalars; NaN where there are none."""
+        """Return the shares among all programs so far, float scalars; NaN if there are none."""
         counts = {"accuracy": self.correct, "unparsable": self.unparsable}
         counts |= {"crashed": self.crashed, "timed_out": self.timed_out}
         return {name: count / self.total for name, count in counts.items()}
@@ -96,13 +100,13 @@ def _plain(result: int | float | str | None) -> int | float | str | None:
 
 def _numbers(answers: list[str], size: int) -> list[int | float]:
     if len(answers) != size:
-        raise ValueError(f"expected one answer for each completion, got {len(answers)} for {size}; pass equal lists")
+        raise ValueError(f"answers: expected one for each of {size} completions, got {len(answers)}; pass equal lists")
     numbers = []
     for i, answer in enumerate(answers):
         number = parse_number(answer)
         if number is None:
             raise ValueError(
-                f"expected a number such as '72', '1,234' or '$10.50' as answer {i}, got {answer[:80]!r}; "
+                f"answers: expected a number such as '72', '1,234' or '$10.50' as answer {i}, got {answer[:80]!r}; "
                 "pass the final number alone"
             )
         numbers.append(number)

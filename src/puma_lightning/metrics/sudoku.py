@@ -4,19 +4,19 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from puma_lightning.data.sudoku.board import board_of, board_of_length, geometry, puzzle_of
+from puma_lightning.data.sudoku.board import geometry
+from puma_lightning.data.sudoku.layout import board_of, board_of_length, clues_of
 
 
 def solved_grids(tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> Tensor:
     """Tell which boards keep all clues and hold every digit once in every row, column and box.
 
-    L tells the two layouts apart. The clues are the prompt of an ``in_place`` board, and the nonzero digits of
-    the first half of a ``prompt_answer`` board.
+    L tells the two layouts apart, see ``clues_of``.
 
     Args:
-        tokens: Generated boards, (B, L).
+        tokens: Generated boards (B, L).
         input_ids: The boards they were generated for (B, L); only clues are looked at.
-        prompt_mask: True = given, (B, L).
+        prompt_mask: True = given (B, L).
 
     Returns:
         (B,) bool.
@@ -25,12 +25,11 @@ def solved_grids(tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> Tens
         ValueError: If the shapes differ, or no board has L tokens.
     """
     _check_shapes(tokens, input_ids, prompt_mask)
-    order, layout = board_of_length(tokens.shape[1])
-    shape = geometry(order)
-    grids, clues = board_of(tokens, order), puzzle_of(input_ids, order)
-    is_clue = prompt_mask if layout == "in_place" else clues != 0
+    order, _ = board_of_length(tokens.shape[1])
+    grids = board_of(tokens, order)
+    clues, is_clue = clues_of(input_ids, prompt_mask)
     clues_kept = ((grids == clues) | ~is_clue).all(dim=1)
-    in_groups = grids[:, torch.from_numpy(shape.groups).to(grids.device)]
+    in_groups = grids[:, torch.from_numpy(geometry(order).groups).to(grids.device)]
     every_digit = torch.arange(1, order + 1, device=grids.device)
     groups_right = (in_groups.sort(dim=2).values == every_digit).all(dim=2).all(dim=1)
     return clues_kept & groups_right
@@ -40,9 +39,9 @@ def correct_cells(tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> tup
     """Count the generated cells that equal the solution.
 
     Args:
-        tokens: Generated boards, (B, L).
-        input_ids: Solved boards, (B, L).
-        prompt_mask: True = given, so not counted, (B, L).
+        tokens: Generated boards (B, L).
+        input_ids: Solved boards (B, L).
+        prompt_mask: True = given, so not counted (B, L).
 
     Returns:
         Number of right cells and number of cells that were not given, scalars.
@@ -58,13 +57,13 @@ def correct_cells(tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> tup
 def _check_shapes(tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> None:
     if tokens.dim() != 2 or not tokens.shape == input_ids.shape == prompt_mask.shape:
         raise ValueError(
-            "expected tokens, input_ids and prompt_mask of one shape (B, L), got "
-            f"{tuple(tokens.shape)}, {tuple(input_ids.shape)} and {tuple(prompt_mask.shape)}"
+            "tokens: expected tokens, input_ids and prompt_mask of one shape (B, L), got "
+            f"{tuple(tokens.shape)}, {tuple(input_ids.shape)} and {tuple(prompt_mask.shape)}; pass them together"
         )
 
 
 class _Share(Metric):
-    """A share of right ones among all, summed over batches and processes; NaN where there are none."""
+    """A share of what is right among all, summed over batches and processes; NaN if there is nothing."""
 
     full_state_update = False
     higher_is_better = True
@@ -86,7 +85,7 @@ class SudokuSolved(_Share):
     """Share of boards with all clues kept and all rows, columns and boxes right (see ``solved_grids``)."""
 
     def update(self, tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> None:
-        """Add a batch of generated boards, (B, L) each."""
+        """Add a batch of generated boards, all (B, L)."""
         solved = solved_grids(tokens, input_ids, prompt_mask)
         self.right += solved.sum()
         self.total += len(solved)
@@ -96,7 +95,7 @@ class CellAccuracy(_Share):
     """Share of cells that were not given and equal the solution (see ``correct_cells``)."""
 
     def update(self, tokens: Tensor, input_ids: Tensor, prompt_mask: Tensor) -> None:
-        """Add a batch of generated boards, (B, L) each."""
+        """Add a batch of generated boards, all (B, L)."""
         right, total = correct_cells(tokens, input_ids, prompt_mask)
         self.right += right
         self.total += total

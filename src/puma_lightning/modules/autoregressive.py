@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from puma_lightning.chain.student import LeftToRightSampler, Sample
 from puma_lightning.chain.teacher import NoMasking
-from puma_lightning.data.base import Batch
+from puma_lightning.data.batch import Batch
 from puma_lightning.models.cache import KeyValueCache
 from puma_lightning.modules.generative import GenerativeModule, check_eos
 from puma_lightning.output.alignment import align

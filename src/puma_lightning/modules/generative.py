@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from puma_lightning.chain.chains import Chains
 from puma_lightning.chain.student import AnySampler, Sample
-from puma_lightning.data.base import Batch, Offered, check_batch, check_first
+from puma_lightning.data.base import offer_of
+from puma_lightning.data.batch import Batch, check_batch, check_first
 from puma_lightning.models.transformer import TransformerBackbone
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.modules.preflight import preflight
@@ -213,7 +214,7 @@ def is_questions(batch: Any, mask_id: int) -> bool:
     return bool(answer.any(1).all() and ((batch["input_ids"] == mask_id) | ~answer).all())
 
 
-def stage_name(trainer: pl.Trainer) -> str:
+def stage_name(trainer: pl.Trainer) -> Literal["val", "test"]:
     """Return what the names of metrics start with: ``val`` or ``test``."""
     return "test" if trainer.testing else "val"
 
@@ -222,5 +223,5 @@ def loader_suffix(trainer: pl.Trainer, dataloader_idx: int) -> str:
     """Return what a metric's name ends in: nothing for the first set, which checkpoints can watch, else ``/name``."""
     if dataloader_idx == 0:
         return ""
-    offered = Offered(trainer.datamodule)  # type: ignore[attr-defined]
-    return f"/{offered.loader_name(stage_name(trainer), dataloader_idx)}"
+    number = len(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+    return f"/{offer_of(trainer).set_names(stage_name(trainer), number)[dataloader_idx]}"

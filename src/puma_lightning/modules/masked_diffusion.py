@@ -11,7 +11,7 @@ from puma_lightning.chain.chains import Chains
 from puma_lightning.chain.student import AnySampler, Sample, Sampler
 from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking
 from puma_lightning.chain.teacher.random_masking import stratified_masking
-from puma_lightning.data.base import Batch
+from puma_lightning.data.batch import Batch
 from puma_lightning.modules.generative import GenerativeModule
 from puma_lightning.output.alignment import align
 from puma_lightning.output.head import linear_cross_entropy, predict_where, spread, true_positions

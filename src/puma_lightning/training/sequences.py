@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
-from puma_lightning.data.base import Batch, check_batch
+from puma_lightning.data.batch import Batch, check_batch
 
 
 def derived_seed(*keys: int) -> int:

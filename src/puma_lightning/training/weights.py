@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from puma_lightning.data.base import Offered
+from puma_lightning.data.base import offer_of
 from puma_lightning.models.qwen2 import read_qwen2
 from puma_lightning.training.lightning_internals import trainer_of
 
@@ -69,9 +69,8 @@ def load_weights(module: "StreamedModule", path: str) -> None:
 
 def facts_of(module: "StreamedModule") -> dict[str, Any]:
     """Return what the names and shapes of a module's weights do not show, and a checkpoint of them should say."""
-    datamodule = getattr(trainer_of(module), "datamodule", None)
     return {
-        "tokenizer": Offered(datamodule).tokenizer_fingerprint,
+        "tokenizer": offer_of(trainer_of(module)).tokenizer_fingerprint,
         "shifted": module.shifted,
         **getattr(module.backbone, "settings", {}),
     }

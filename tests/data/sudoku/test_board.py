@@ -8,17 +8,12 @@ from hypothesis import strategies as st
 from puma_lightning.data.sudoku.board import (
     ORDERS,
     Boards,
-    board_grid,
-    board_of,
-    board_of_length,
     canonical_code,
     geometry,
     invariant,
     is_solved,
     order_of_cells,
-    puzzle_of,
     random_symmetry,
-    sequence_length,
 )
 from puma_lightning.data.sudoku.generate import all_of_order_4, generate
 from puma_lightning.data.sudoku.solver import solve
@@ -133,35 +128,8 @@ def test_invariant_tells_inequivalent_puzzles_apart() -> None:
     assert len(np.unique(invariant(board))) == 32
 
 
-def test_length_names_the_board() -> None:
-    named = [
-        (order, layout)
-        for order in ORDERS
-        for layout in ("in_place", "prompt_answer")
-        if board_of_length(sequence_length(order, layout)) == (order, layout)
-    ]
-    assert len(named) == 6
-    with pytest.raises(ValueError, match=r"16, 32, 36, 72, 81, 162.*got 80"):
-        board_of_length(80)
-
-
 def test_unknown_boards_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"order: expected one of .*got 5"):
         geometry(5)
-    with pytest.raises(ValueError, match=r"layout: .*got 'aside'"):
-        sequence_length(9, "aside")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got 25"):
         is_solved(np.zeros((1, 25), np.int64))
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("layout", ["in_place", "prompt_answer"])
-def test_the_place_of_the_board_is_said_once(order, layout):
-    """Pictures, metrics and decoding look at the same cells: the last ones of a sequence; clues are in the first."""
-    length = sequence_length(order, layout)
-    tokens = np.arange(length)[None]
-    grid = board_grid(length, order)
-    board = board_of(tokens, order)
-    assert board.shape == (1, grid.rows * grid.columns) and board[0, 0] == grid.first and board[0, -1] == length - 1
-    assert (puzzle_of(tokens, order)[0] == np.arange(order * order)).all()
-    assert (grid.first == 0) == (layout == "in_place")

@@ -17,15 +17,16 @@ from torch.utils.data import default_collate
 
 import puma_lightning.data.sudoku.cache as cache_module
 from puma_lightning.data.base import check_batch
-from puma_lightning.data.sudoku.board import ORDERS, equivalence_key, is_solved, sequence_length
+from puma_lightning.data.sudoku import SudokuDataModule, SudokuDataset
+from puma_lightning.data.sudoku.board import ORDERS, equivalence_key, is_solved
 from puma_lightning.data.sudoku.cache import cached
-from puma_lightning.data.sudoku.datamodule import SudokuDataModule, SudokuDataset
 from puma_lightning.data.sudoku.files import write_csv
 from puma_lightning.data.sudoku.generate import generate
+from puma_lightning.data.sudoku.layout import board_of, sequence_length
 
 LAYOUTS = ("in_place", "prompt_answer")
 SIZES = {"num_train": 20, "num_val": 6, "num_test": 5}
-REAL = Path(__file__).parents[2] / ".." / "shared" / "data" / "sudoku"
+REAL = Path(__file__).parents[3] / ".." / "shared" / "data" / "sudoku"
 made = cache(generate)
 
 
@@ -57,7 +58,7 @@ def test_batches(tmp_path: Path, order: int, layout: str) -> None:
             assert batch["input_ids"].shape == batch["prompt_mask"].shape == (sizes[-1].pop(0), length)
             sizes[-1].append(len(batch["input_ids"]))
             check_batch(batch, mask_id=data.mask_id, vocab_size=data.vocab_size)
-            assert is_solved(batch["input_ids"][:, -cells:].numpy()).all()
+            assert is_solved(board_of(batch["input_ids"], order).numpy()).all()
             prompt = batch["prompt_mask"]
             if layout == "prompt_answer":
                 assert prompt[:, :cells].all() and not prompt[:, cells:].any()
@@ -222,8 +223,8 @@ def test_the_cache_is_used_and_keyed_by_everything(tmp_path: Path, monkeypatch: 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("built again")
 
-    monkeypatch.setattr("puma_lightning.data.sudoku.make_splits", never)
-    monkeypatch.setattr("puma_lightning.data.sudoku.read_boards", never)
+    monkeypatch.setattr("puma_lightning.data.sudoku.datamodule.make_splits", never)
+    monkeypatch.setattr("puma_lightning.data.sudoku.datamodule.read_boards", never)
     for variant in variants:
         module(tmp_path, **{**SIZES, **variant, "augment": 3, "batch_size": 2, "layout": "prompt_answer"})
     module(tmp_path, train_file=str(file))
@@ -332,7 +333,7 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_train": 0}, "num_train: "),
         ({"num_val": -1}, "num_val: "),
         ({"num_test": 0}, "num_test: "),
-        ({"train_file": "none.csv"}, "train_file: expected a file, found none at .*none.csv"),
+        ({"train_file": "none.csv"}, "train_file: expected a file, got none at .*none.csv"),
         ({"val_file": ["none.csv"]}, "val_file: "),
         ({"test_file": "none.csv"}, "test_file: "),
         ({"predict_file": "none.csv"}, "predict_file: "),

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from puma_lightning.data.cache import replacing
 from puma_lightning.data.sudoku.board import ORDERS, Boards
-from puma_lightning.data.sudoku.files import read_boards, read_puzzles, replacing, write_csv
+from puma_lightning.data.sudoku.files import read_boards, read_puzzles, write_csv
 from puma_lightning.data.sudoku.generate import generate
 
 made = cache(generate)
-REAL = Path(__file__).parents[2] / ".." / "shared" / "data" / "sudoku"
+REAL = Path(__file__).parents[3] / ".." / "shared" / "data" / "sudoku"
 
 
 def text_of(grids: np.ndarray) -> list[str]:
@@ -135,7 +136,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"puzzle,solution\n\xff\xfe")
     with pytest.raises(ValueError, match=r"a\.csv, after line 0: expected text"):
         read_boards(tmp_path / "a.csv", 9)
-    with pytest.raises(ValueError, match=r"b\.csv: expected a file, found none"):
+    with pytest.raises(ValueError, match=r"b\.csv: expected a file, got none"):
         read_boards(tmp_path / "b.csv", 9)
 
 

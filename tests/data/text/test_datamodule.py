@@ -14,10 +14,8 @@ import torch
 from datasets import Dataset
 
 from puma_lightning import hub
-from puma_lightning.data.base import check_batch
-from puma_lightning.data.text import datamodule as text
-from puma_lightning.data.text import sources
-from puma_lightning.data.text.datamodule import TextDataModule
+from puma_lightning.data.batch import check_batch
+from puma_lightning.data.text import TextDataModule, datamodule, sources
 from puma_lightning.data.text.rows import Rows, Selection
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "one", "dog", "ran", "to", "27", "trees"]
@@ -293,9 +291,9 @@ def test_the_tokenizer_learns_from_a_bounded_sample(tmp_path: Path, monkeypatch:
     seen = [text for part in data._training_texts() for text in part]
     assert len(seen) == 54 and set(seen) < set(LINES)  # nothing of what is held out
     monkeypatch.setattr("puma_lightning.data.text.rows._ROWS_AT_ONCE", 5)
-    monkeypatch.setattr(text, "_TRAINED_ON_ROWS", 20)
+    monkeypatch.setattr(datamodule, "_TRAINED_ON_ROWS", 20)
     assert 15 <= len([text for part in data._training_texts() for text in part]) <= 25
-    monkeypatch.setattr(text, "_TRAINED_ON_CHARACTERS", 10)
+    monkeypatch.setattr(datamodule, "_TRAINED_ON_CHARACTERS", 10)
     assert len(list(data._training_texts())) == 1
 
 
@@ -370,7 +368,7 @@ def test_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train_file": "none.jsonl"}, "train_file: expected a file, found none at .*none.jsonl; check the path"),
+        ({"train_file": "none.jsonl"}, "train_file: expected a file, got none at .*none.jsonl; check the path"),
         ({"val_file": ["none.jsonl"]}, "val_file: "),
         ({"train_file": str(Path(__file__).parent)}, r"train_file: expected a file, .* give its files, for example"),
         ({"train_file": __file__}, "train_file: expected files of one format"),
@@ -421,7 +419,7 @@ def test_the_code_of_a_subclass_is_described_the_same_in_every_process_and_by_al
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = """
-from puma_lightning.data.text.datamodule import TextDataModule, _described
+from puma_lightning.data.text import TextDataModule, _described
 
 class Mine(TextDataModule):
     PREFIX = "Q: "

@@ -16,7 +16,7 @@ from puma_lightning.data.text.tokenizer import (
     train_tokenizer,
 )
 
-GPT2 = Path(__file__).parents[2] / ".." / "shared" / "tokenizers" / "gpt2"
+GPT2 = Path(__file__).parents[3] / ".." / "shared" / "tokenizers" / "gpt2"
 EOS, MASK = "<|endoftext|>", "<|mask|>"
 TEXTS = ["the cat sat on the mat 123", "def f(x):\n    return x + 12345", "the dog and the cat"] * 20
 

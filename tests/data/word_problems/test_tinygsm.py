@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puma_lightning import hub
-from puma_lightning.data.base import check_batch
+from puma_lightning.data.batch import check_batch
 from puma_lightning.data.word_problems.tinygsm import TinyGSMDataModule, gold_answer
 from puma_lightning.metrics.programs import ProgramAccuracy
 
-SHARED = Path(__file__).parents[2] / ".." / "shared"
+SHARED = Path(__file__).parents[3] / ".." / "shared"
 CODE = "def f():\n    return {}"
 ROWS = [
     {"question": f" What is {i} plus {i}?\n", "code": "\n" + CODE.format(i + i), "answer": str(i + i)}

@@ -8,19 +8,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from puma_lightning.data.base import Grid
 from puma_lightning.data.sudoku.hashing import UInt64, hash_keys, mix, random_permutations
 
-Cells = NDArray[np.uint8]
-Layout = Literal["in_place", "prompt_answer"]
-
-Array = TypeVar("Array", NDArray[Any], Tensor)
+Grid = NDArray[np.uint8]
 
 ORDERS = (4, 6, 9)
 _BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
@@ -30,8 +25,8 @@ _CHUNK = 4096
 class Boards(NamedTuple):
     """Puzzles with their solutions, each (N, order * order) uint8, 0 = empty."""
 
-    puzzles: Cells
-    solutions: Cells
+    puzzles: Grid
+    solutions: Grid
 
     def take(self, rows: NDArray[np.integer] | slice) -> Boards:
         """Return the boards at ``rows``."""
@@ -49,7 +44,7 @@ class Geometry:
         box_cols: Columns of one box.
         bands: Number of boxes one above the other.
         stacks: Number of boxes side by side.
-        groups: Cell numbers of the rows, then the columns, then the boxes, ``(3 * order, order)``.
+        groups: Cell numbers of the rows, then the columns, then the boxes, (3 * order, order).
     """
 
     order: int
@@ -66,7 +61,7 @@ class Geometry:
         return self.box_rows == self.box_cols
 
     def split(self, length: int) -> tuple[int, int, int, int, int]:
-        """Shape that splits (length, cells) into (length, band, row in it, stack, column in it)."""
+        """Return the shape that splits (length, cells) into (length, band, row in it, stack, column in it)."""
         return length, self.bands, self.box_rows, self.stacks, self.box_cols
 
 
@@ -78,7 +73,7 @@ def geometry(order: int) -> Geometry:
         ValueError: For any other order.
     """
     if order not in _BOX_SHAPES:
-        raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
+        raise ValueError(f"order: expected one of {ORDERS}, got {order!r}; choose one of these")
     box_rows, box_cols = _BOX_SHAPES[order]
     bands, stacks = order // box_rows, order // box_cols
     cells = np.arange(order * order).reshape(order, order)
@@ -96,62 +91,14 @@ def order_of_cells(cells: int) -> int:
     for order in ORDERS:
         if order * order == cells:
             return order
-    raise ValueError(f"expected boards of {[order * order for order in ORDERS]} cells, got {cells}")
-
-
-def board_of(tokens: Array, order: int) -> Array:
-    """Return the board that is solved in token sequences: their last cells, (..., L) to (..., order * order)."""
-    return tokens[..., _first_cell(tokens.shape[-1], order) :]
-
-
-def puzzle_of(tokens: Array, order: int) -> Array:
-    """Return the board that holds the clues in token sequences: their first cells, (..., L) to (..., order * order).
-
-    It is the board that is solved in the layout ``in_place``, and the one before it in ``prompt_answer``.
-    """
-    return tokens[..., : geometry(order).cells]
-
-
-def board_grid(length: int, order: int) -> Grid:
-    """Return how to draw the board that is solved in sequences of ``length`` tokens."""
-    shape = geometry(order)
-    return Grid(order, order, shape.box_rows, shape.box_cols, _first_cell(length, order))
-
-
-def _first_cell(length: int, order: int) -> int:
-    """Return where the board that is solved begins: it is the last thing in a sequence."""
-    return length - geometry(order).cells
-
-
-def sequence_length(order: int, layout: Layout) -> int:
-    """Return the number of tokens of a board: one per cell, twice that for ``prompt_answer``.
-
-    Raises:
-        ValueError: For an unknown order or layout.
-    """
-    if layout not in ("in_place", "prompt_answer"):
-        raise ValueError(f"layout: expected 'in_place' or 'prompt_answer', got {layout!r}")
-    return geometry(order).cells * (1 if layout == "in_place" else 2)
-
-
-def board_of_length(length: int) -> tuple[int, Layout]:
-    """Return the (order, layout) that a token sequence of this length has; no two share a length.
-
-    Raises:
-        ValueError: If no board has that length.
-    """
-    layouts: tuple[Layout, ...] = ("in_place", "prompt_answer")
-    known = {sequence_length(order, layout): (order, layout) for layout in layouts for order in ORDERS}
-    if length not in known:
-        raise ValueError(f"expected sequences of {sorted(known)} tokens, got {length}")
-    return known[length]
+    raise ValueError(f"boards: expected {[order * order for order in ORDERS]} cells, got {cells}; give whole boards")
 
 
 def is_solved(grids: NDArray[np.integer]) -> NDArray[np.bool_]:
     """Tell which grids are full and hold every digit once in every row, column and box.
 
     Args:
-        grids: (N, order * order); any integers, foreign ones are just wrong.
+        grids: (N, order * order); an integer that is no digit is just wrong.
 
     Returns:
         (N,).
@@ -175,10 +122,10 @@ class Symmetry(NamedTuple):
     """
 
     cells: NDArray[np.int64]
-    digits: Cells
+    digits: Grid
 
-    def __call__(self, grids: Cells) -> Cells:
-        """Apply symmetry n to board n; grids and result (N, order * order)."""
+    def __call__(self, grids: Grid) -> Grid:
+        """Apply symmetry n to board n: (N, order * order) to (N, order * order)."""
         moved = np.take_along_axis(grids, self.cells, axis=1)
         return np.take_along_axis(self.digits, moved.astype(np.intp), axis=1)
 
@@ -217,7 +164,7 @@ def random_symmetry(order: int, seed: int, *index: int | NDArray[np.integer]) ->
 
 @cache
 def _moves_of_order_4() -> NDArray[np.int64]:
-    """Return all 128 geometric symmetries of a 4x4 board as cell numbers, ``(128, 16)``."""
+    """Return all 128 geometric symmetries of a 4x4 board as cell numbers, (128, 16)."""
     lines = [np.array([*a, *b]) for a, b in itertools.permutations([(0, 1), (2, 3)])]
     lines = [line[[i, 1 - i, 2 + j, 3 - j]] for line in lines for i in (0, 1) for j in (0, 1)]
     moves = [rows[:, None] * 4 + cols[None, :] for rows in lines for cols in lines]
@@ -225,7 +172,7 @@ def _moves_of_order_4() -> NDArray[np.int64]:
     return np.stack([move.reshape(16) for move in moves])
 
 
-def canonical_code(puzzles: Cells) -> UInt64:
+def canonical_code(puzzles: Grid) -> UInt64:
     """Return a number that two 4x4 puzzles share exactly when a symmetry turns one into the other.
 
     It is the least, over all 128 geometric symmetries, of the board read as a number in base 5 with its

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -10,18 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from puma_lightning.data.base import DEFAULT_CACHE, Batch, at_least, cache_folder, make_loader
-from puma_lightning.data.sudoku.board import (
-    Boards,
-    board_grid,
-    board_of,
-    order_of_cells,
-    random_symmetry,
-    sequence_length,
-)
+from puma_lightning.data.base import at_least, make_loader
+from puma_lightning.data.batch import Batch
+from puma_lightning.data.cache import DEFAULT_CACHE, cache_folder
+from puma_lightning.data.sudoku.board import Boards, order_of_cells, random_symmetry
 from puma_lightning.data.sudoku.cache import cached
 from puma_lightning.data.sudoku.files import read_boards, read_puzzles
 from puma_lightning.data.sudoku.generate import clue_range, hold_out, make_splits
+from puma_lightning.data.sudoku.layout import Layout, board_of, lay_out, picture_of, sequence_length
 
 _BUILT_IN_SIZES = {
     4: {"test": 64, "val": 64, "train": 240},
@@ -38,12 +33,10 @@ class SudokuDataset(Dataset[Batch]):
         layout: ``in_place`` or ``prompt_answer``.
         augment: Number of copies of the set. Item i is board i % N; every copy but the first shows it under a
             random symmetry, drawn from (seed, i // N, i % N).
-        seed: For the symmetries.
+        seed: Chooses the symmetries.
     """
 
-    def __init__(
-        self, boards: Boards, layout: Literal["in_place", "prompt_answer"], augment: int = 1, seed: int = 0
-    ) -> None:
+    def __init__(self, boards: Boards, layout: Layout, augment: int = 1, seed: int = 0) -> None:
         self.boards = boards
         self.layout = layout
         self.augment = augment
@@ -53,7 +46,7 @@ class SudokuDataset(Dataset[Batch]):
         return len(self.boards.puzzles) * self.augment
 
     def __getitem__(self, index: int) -> Batch:
-        """Return one item, (L,) tensors.
+        """Return one item, tensors (L,).
 
         Raises:
             IndexError: Beyond the end.
@@ -70,13 +63,7 @@ class SudokuDataset(Dataset[Batch]):
             original = copy[:, None] == 0
             puzzles = np.where(original, puzzles, symmetry(puzzles))
             solutions = np.where(original, solutions, symmetry(solutions))
-        clues = puzzles > 0
-        if self.layout == "in_place":
-            tokens, prompt = np.where(clues, puzzles, solutions), clues
-        else:
-            tokens = np.concatenate([puzzles, solutions], axis=1)
-            prompt = np.concatenate([np.ones_like(clues), np.zeros_like(clues)], axis=1)
-        input_ids, prompt_mask = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(prompt)
+        input_ids, prompt_mask = map(torch.from_numpy, lay_out(Boards(puzzles, solutions), self.layout))
         return [{"input_ids": ids, "prompt_mask": given} for ids, given in zip(input_ids, prompt_mask, strict=True)]
 
 
@@ -111,14 +98,14 @@ class SudokuDataModule(pl.LightningDataModule):
         batch_size: Sequences in a training batch of one device.
         eval_batch_size: Sequences in a validation, test or prediction batch; null for ``batch_size``.
         num_workers: Processes that load batches; loading is fast enough for 0.
-        seed: For the built-in puzzles, the held-out part and the symmetries.
+        seed: Chooses the built-in puzzles, the held-out part and the symmetries.
         cache_dir: Where made and checked puzzles are kept. The default follows ``$XDG_CACHE_HOME`` if set.
 
     Attributes:
         vocab_size: order + 2.
         mask_id: order + 1.
         sequence_length: L, in tokens.
-        grid: Where the board lies in a sequence, for pictures.
+        picture: How to draw a sequence: as the board that is filled in.
         val_names: What the validation loaders hold, by position.
         test_names: What the test loaders hold, by position.
 
@@ -129,7 +116,7 @@ class SudokuDataModule(pl.LightningDataModule):
     def __init__(
         self,
         order: int = 9,
-        layout: Literal["in_place", "prompt_answer"] = "in_place",
+        layout: Layout = "in_place",
         train_file: str | None = None,
         val_file: str | list[str] | None = None,
         test_file: str | list[str] | None = None,
@@ -149,8 +136,8 @@ class SudokuDataModule(pl.LightningDataModule):
         self.sequence_length = sequence_length(order, layout)
         self.vocab_size = order + 2
         self.mask_id = order + 1
+        self.picture = picture_of(order, layout)
         self.order = order
-        self.grid = board_grid(self.sequence_length, order)
         self.layout = layout
         self.clues = clue_range(order, clues)
         self.augment = at_least("augment", augment, 1)
@@ -176,7 +163,7 @@ class SudokuDataModule(pl.LightningDataModule):
         self._sets: dict[str, list[SudokuDataset]] = {}
 
     def prepare_data(self) -> None:
-        """Makes, or reads and checks, the puzzles, and keeps them in the cache; runs in one process only."""
+        """Make, or read and check, the puzzles, and keep them in the cache; called in one process only."""
         stage = self.trainer.state.fn if self.trainer else None
         for name in self._needed(stage.value if stage else None):
             self._boards(name)
@@ -193,7 +180,7 @@ class SudokuDataModule(pl.LightningDataModule):
             self._sets[name] = [SudokuDataset(each, self.layout, augment, self.seed) for each in boards]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled training batches."""
+        """Return shuffled training batches."""
         return self._loader(self._sets["train"][0], self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
@@ -209,7 +196,7 @@ class SudokuDataModule(pl.LightningDataModule):
         return self._eval_loaders("predict")
 
     def decode(self, tokens: Tensor, prompt_mask: Tensor | None = None) -> dict[str, str]:
-        """Return the board in a sequence, (L,), as one line of digits, . for a cell that has none."""
+        """Return the board in a sequence (L,) as one line of digits, . for a cell that has none."""
         cells = board_of(tokens, self.order).tolist()
         return {"text": "".join(str(cell) if 1 <= cell <= self.order else "." for cell in cells)}
 
@@ -221,14 +208,14 @@ class SudokuDataModule(pl.LightningDataModule):
         return loaders[0] if len(loaders) == 1 else loaders
 
     def _needed(self, stage: str | None) -> list[str]:
-        """Return the sets a stage uses; for None, all that the arguments provide for."""
+        """Return the sets that a stage uses; for None, all that the arguments provide for."""
         if stage is None:
             has_test = self.files["test"] or not self.files["train"]
             return ["train", "val"] + ["test"] * bool(has_test) + ["predict"] * bool(self.files["predict"])
         return {"fit": ["train", "val"], "validate": ["val"]}.get(stage, [stage])
 
     def _boards(self, name: str) -> list[Boards]:
-        """Return the boards of one set, one entry for each file; from the cache where they are in it."""
+        """Return the boards of one set, one entry for each file; from the cache if it has them."""
         files, from_file = self.files[name], bool(self.files["train"])
         if name == "predict":
             if not files:
@@ -272,23 +259,23 @@ class SudokuDataModule(pl.LightningDataModule):
 
 
 def _identity(file: Path) -> dict[str, object]:
-    """Return what changes when a file does."""
+    """Return what changes when a file does, in JSON's types."""
     status = file.stat()
     return {"file": str(file), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def _existing(argument: str, files: str | list[str] | None) -> list[Path]:
-    """Return the files of an argument as absolute paths, once they are known to be there."""
+    """Return the files of an argument as absolute paths; raise ``ValueError`` if one is absent."""
     listed = [files] if isinstance(files, str) else files or []
     paths = [Path(file).expanduser().absolute() for file in listed]
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"{argument}: expected a file, found none at {path}; check the path")
+            raise ValueError(f"{argument}: expected a file, got none at {path}; check the path")
     return paths
 
 
 def _names(default: str, files: Iterable[Path]) -> list[str]:
-    """File names without their endings, or the default for no file."""
+    """Return file names without their endings, or the default if there is no file."""
     names = [file.name.split(".")[0] for file in files] or [default]
     if len(set(names)) < len(names):
         raise ValueError(f"{default}_file: expected files with different names, got {names}; rename one")

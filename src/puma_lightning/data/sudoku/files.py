@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import csv
 import gzip
-import os
-import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -20,7 +17,8 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from puma_lightning.data.sudoku.board import Boards, Cells, geometry, is_solved
+from puma_lightning.data.cache import replacing
+from puma_lightning.data.sudoku.board import Boards, Grid, geometry, is_solved
 from puma_lightning.data.sudoku.solver import solve
 
 SUFFIXES = (".csv", ".csv.gz", ".txt", ".txt.gz", ".npy")
@@ -30,7 +28,7 @@ _NPY_ROWS_AT_ONCE = 50_000
 
 
 def read_boards(path: str | Path, order: int, limit: int | None = None, progress: bool = False) -> Boards:
-    """Read puzzles with their solutions and make sure that each has exactly that one.
+    """Read puzzles with their solutions, and make sure that each has exactly that one.
 
     Args:
         path: ``.csv``, ``.txt`` (either may end in ``.gz``) or ``.npy``.
@@ -55,7 +53,7 @@ def read_boards(path: str | Path, order: int, limit: int | None = None, progress
     return Boards(puzzles, solutions)
 
 
-def read_puzzles(path: str | Path, order: int, limit: int | None = None) -> Cells:
+def read_puzzles(path: str | Path, order: int, limit: int | None = None) -> Grid:
     """Read puzzles only: solutions are neither needed nor looked for.
 
     Args:
@@ -87,20 +85,6 @@ def write_csv(path: str | Path, boards: Boards) -> None:
         temporary.write_bytes(gzip.compress(text, mtime=0) if str(path).endswith(".gz") else text)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file next to ``path`` that takes its place on success and vanishes on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class _Lines:
     """What to call the boards of a file: ``line 7`` of a text, ``row 7`` of an array."""
 
@@ -110,12 +94,12 @@ class _Lines:
 
 def _read(
     path: Path, order: int, limit: int | None, solution_optional: bool = False
-) -> tuple[Cells, Cells | None, _Lines]:
+) -> tuple[Grid, Grid | None, _Lines]:
     """Read any format: puzzles, solutions where the format has them, and the boards' line numbers."""
     if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"{path}: expected a file name ending in one of {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path}: expected a file name ending in one of {', '.join(SUFFIXES)}, got another; rename it")
     if not path.is_file():
-        raise ValueError(f"{path}: expected a file, found none; check the path")
+        raise ValueError(f"{path}: expected a file, got none; check the path")
     if path.name.endswith(".npy"):
         return _read_npy(path, order, limit)
     reader = _read_csv if path.name.endswith((".csv", ".csv.gz")) else _read_text
@@ -132,9 +116,11 @@ def _read(
             f"({error}); copy or download it again"
         ) from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}, after line {line}: expected text, got other bytes ({error})") from error
+        raise ValueError(
+            f"{path}, after line {line}: expected text, got other bytes ({error}); save the file as UTF-8"
+        ) from error
     if not rows:
-        raise ValueError(f"{path}, line {line + 1}: expected at least one puzzle, got an empty file")
+        raise ValueError(f"{path}, line {line + 1}: expected at least one puzzle, got an empty file; name another file")
     lines = _Lines("line", np.array([line for line, _ in rows]))
     columns = [_to_grids([fields[i] for _, fields in rows]) for i in range(len(rows[0][1]))]
     return columns[0], columns[1] if len(columns) > 1 else None, lines
@@ -145,7 +131,7 @@ def _read_csv(path: Path, text: TextIO, order: int, solution_optional: bool) -> 
     reader = csv.reader(text)
     header = next(reader, None)
     if header is None:
-        raise ValueError(f"{path}, line 1: expected the header puzzle,solution, got an empty file")
+        raise ValueError(f"{path}, line 1: expected the header puzzle,solution, got an empty file; name another file")
     names = ["puzzle"] if solution_optional else ["puzzle", "solution"]
     if [name.strip() for name in header[: len(names)]] != names:
         raise ValueError(
@@ -158,7 +144,8 @@ def _read_csv(path: Path, text: TextIO, order: int, solution_optional: bool) -> 
             continue
         if len(row) < len(names):
             raise ValueError(
-                f"{path}, line {reader.line_num}: expected columns {','.join(names)}, got {len(row)} column"
+                f"{path}, line {reader.line_num}: expected columns {','.join(names)}, got {len(row)} column; correct "
+                "the line"
             )
         puzzle = _board(path, reader.line_num, row[0], order, "puzzle")
         if solution_optional:
@@ -176,7 +163,7 @@ def _read_text(path: Path, text: TextIO, order: int, solution_optional: bool) ->
 
 
 def _board(path: Path, line: int, field: str, order: int, what: str) -> str:
-    """Return one board as digits, or say what is wrong with it."""
+    """Return one board as digits, or raise ``ValueError`` with what is wrong with it."""
     digits = field.strip().replace(".", "0") if what == "puzzle" else field.strip()
     cells, fewest = order * order, 0 if what == "puzzle" else 1
     if len(digits) != cells:
@@ -194,7 +181,7 @@ def _board(path: Path, line: int, field: str, order: int, what: str) -> str:
     return digits
 
 
-def _read_npy(path: Path, order: int, limit: int | None) -> tuple[Cells, Cells, _Lines]:
+def _read_npy(path: Path, order: int, limit: int | None) -> tuple[Grid, Grid, _Lines]:
     """Read rows of [k, 81 x (row, column, value, strategy)], the k givens first."""
     expected = f"rows of {_NPY_COLUMNS} integers (number of givens, 81 x (row, column, value, strategy))"
     if order != 9:
@@ -206,11 +193,13 @@ def _read_npy(path: Path, order: int, limit: int | None) -> tuple[Cells, Cells, 
             f"{path}: expected {expected}, got a truncated or foreign file ({error}); copy or download it again"
         ) from error
     if not isinstance(table, np.ndarray) or table.ndim != 2 or table.shape[1] != _NPY_COLUMNS:
-        raise ValueError(f"{path}: expected {expected}, got {getattr(table, 'shape', 'several arrays')}")
+        raise ValueError(
+            f"{path}: expected {expected}, got {getattr(table, 'shape', 'several arrays')}; name another file"
+        )
     if table.dtype.kind not in "iuf":
-        raise ValueError(f"{path}: expected {expected}, got {table.dtype}")
+        raise ValueError(f"{path}: expected {expected}, got {table.dtype}; name another file")
     if not len(table):
-        raise ValueError(f"{path}, row 1: expected at least one puzzle, got an empty file")
+        raise ValueError(f"{path}, row 1: expected at least one puzzle, got an empty file; name another file")
 
     # One row may not touch the border, so only the whole file tells whether counting starts at 0 or at 1.
     parts = range(0, len(table), _NPY_ROWS_AT_ONCE)
@@ -247,7 +236,7 @@ def _read_npy(path: Path, order: int, limit: int | None) -> tuple[Cells, Cells, 
     return puzzles, solutions, _Lines("row", np.arange(1, n + 1))
 
 
-def _check_solutions(path: Path, puzzles: Cells, solutions: Cells, lines: _Lines) -> None:
+def _check_solutions(path: Path, puzzles: Grid, solutions: Grid, lines: _Lines) -> None:
     """Reject solutions that break the rules or do not continue their puzzle."""
     broken = ~is_solved(solutions)
     _reject(path, lines, broken, "a solution with every digit once per row, column and box", "another grid")
@@ -255,7 +244,7 @@ def _check_solutions(path: Path, puzzles: Cells, solutions: Cells, lines: _Lines
     _reject(path, lines, contradicted, "a solution that keeps its puzzle's clues", "one that changes a clue")
 
 
-def _check_clues(path: Path, puzzles: Cells, lines: _Lines) -> None:
+def _check_clues(path: Path, puzzles: Grid, lines: _Lines) -> None:
     """Reject puzzles that hold a digit twice in one group."""
     order = int(len(puzzles[0]) ** 0.5)
     twice = np.zeros(len(puzzles), np.bool_)
@@ -275,12 +264,12 @@ def _reject(path: Path, lines: _Lines, wrong: NDArray[np.bool_], expected: str, 
         )
 
 
-def _to_grids(boards: list[str]) -> Cells:
+def _to_grids(boards: list[str]) -> Grid:
     digits = np.frombuffer("".join(boards).encode(), np.uint8) - np.uint8(ord("0"))
     return digits.reshape(len(boards), -1)
 
 
-def _to_lines(grids: Cells) -> list[str]:
+def _to_lines(grids: Grid) -> list[str]:
     return [row.tobytes().decode() for row in grids + np.uint8(ord("0"))]
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from puma_lightning.data.sudoku.board import (
     Boards,
-    Cells,
+    Grid,
     canonical_code,
     equivalence_key,
     geometry,
@@ -45,12 +45,12 @@ def clue_range(order: int, clues: Clues | None) -> tuple[int, int]:
     if not FEWEST_CLUES[order] <= low <= high < order * order:
         raise ValueError(
             f"clues: expected a number or a (low, high) range within {FEWEST_CLUES[order]}..{order**2 - 1} "
-            f"for order {order}, got {clues!r}"
+            f"for order {order}, got {clues!r}; choose others"
         )
     return low, high
 
 
-def random_grids(order: int, keys: UInt64) -> tuple[Cells, NDArray[np.bool_]]:
+def random_grids(order: int, keys: UInt64) -> tuple[Grid, NDArray[np.bool_]]:
     """Fill empty boards: decide a random cell with fewest candidates, propagate, repeat.
 
     Args:
@@ -58,7 +58,7 @@ def random_grids(order: int, keys: UInt64) -> tuple[Cells, NDArray[np.bool_]]:
         keys: What each grid depends on, (N,).
 
     Returns:
-        Grids, (N, order * order), and which of them came out solved, (N,); a dead end is not taken back.
+        Grids (N, order * order) and which of them came out solved (N,); a dead end is not taken back.
     """
     shape = geometry(order)
     masks = candidates(np.zeros((len(keys), shape.cells), np.uint8))
@@ -81,16 +81,16 @@ def random_grids(order: int, keys: UInt64) -> tuple[Cells, NDArray[np.bool_]]:
     return digits(masks), alive
 
 
-def dig(solutions: Cells, keys: UInt64, targets: NDArray[np.int64]) -> tuple[Cells, NDArray[np.bool_]]:
-    """Empty cells in random order, keeping those without which a board has a second solution.
+def dig(solutions: Grid, keys: UInt64, targets: NDArray[np.int64]) -> tuple[Grid, NDArray[np.bool_]]:
+    """Empty cells in random order, but keep those without which a board has a second solution.
 
     Args:
-        solutions: Solved grids, (N, cells).
+        solutions: Solved grids (N, cells).
         keys: What each board's order of cells depends on, (N,).
         targets: Number of clues at which to stop, (N,).
 
     Returns:
-        Puzzles, (N, cells), with one solution each, and whether each came down to its target, (N,).
+        Puzzles (N, cells) with one solution each and whether each came down to its target (N,).
     """
     n, cells = solutions.shape
     puzzles = solutions.copy()
@@ -158,8 +158,8 @@ def generate(order: int, count: int, clues: Clues | None = None, seed: int = 0, 
         while len(seen) < count:
             if tried - last_success >= _PATIENCE:
                 raise ValueError(
-                    f"expected {count} inequivalent puzzles of order {order} with "
-                    f"{clue_range(order, clues)} clues (fewest, most), found {len(seen)}, none in the last "
+                    f"clues: expected {count} inequivalent puzzles of order {order} with "
+                    f"{clue_range(order, clues)} clues (fewest, most), got {len(seen)}, none in the last "
                     f"{tried - last_success} attempts; ask for fewer puzzles or another number of clues"
                 )
             # Attempts are independent, so how many are made together does not change the result.
@@ -182,7 +182,7 @@ def generate(order: int, count: int, clues: Clues | None = None, seed: int = 0, 
 def make_splits(
     order: int, sizes: Mapping[str, int], clues: Clues | None = None, seed: int = 0, progress: bool = False
 ) -> dict[str, Boards]:
-    """Make sets of puzzles, no puzzle of which is equivalent up to symmetry to any other in any set.
+    """Make sets of puzzles, no two of which, in the same set or not, are equivalent up to symmetry.
 
     Args:
         order: 4, 6 or 9.
@@ -204,7 +204,7 @@ def make_splits(
 
 
 def hold_out(boards: Boards, size: int, seed: int) -> dict[str, Boards]:
-    """Split boards into ``val``, ``size`` of them by lot, and ``train``, those equivalent to none of these.
+    """Split boards into ``val``, ``size`` of them at random, and ``train``, those equivalent to none of ``val``.
 
     Args:
         boards: N boards.
@@ -252,8 +252,8 @@ def _sample_of_order_4(count: int, clues: Clues | None, seed: int) -> Boards:
     every = all_of_order_4(clues)
     if count > len(every.puzzles):
         raise ValueError(
-            f"expected {count} inequivalent puzzles of order 4 with {clue_range(4, clues)} clues (fewest, "
-            f"most), but there are only {len(every.puzzles)}; ask for fewer, or for a wider range of clues"
+            f"clues: expected {count} inequivalent puzzles of order 4 with {clue_range(4, clues)} clues (fewest, "
+            f"most), got {len(every.puzzles)}, which are all there are; ask for fewer, or for a wider range of clues"
         )
     rows = random_permutations(hash_keys(seed), len(every.puzzles))[0, :count]
     symmetry = random_symmetry(4, seed, rows)

@@ -47,11 +47,11 @@ def random_permutations(keys: UInt64, size: int) -> NDArray[np.int64]:
     """Draw one permutation of ``size`` items for every key.
 
     Args:
-        keys: Shape ``(...)``.
+        keys: Shape (...).
         size: Number of items permuted.
 
     Returns:
-        Shape ``(..., size)``.
+        Shape (..., size).
     """
     draws = hash_keys(keys[..., None], np.arange(size))
     return np.argsort(draws, axis=-1, kind="stable")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from puma_lightning.data.sudoku.board import Cells, Geometry, geometry, order_of_cells
+from puma_lightning.data.sudoku.board import Geometry, Grid, geometry, order_of_cells
 
 Candidates = NDArray[np.uint16]
 Flags = NDArray[np.bool_]
@@ -22,8 +22,8 @@ CHUNK = 4096
 _BAR_FROM = 20_000
 
 
-def solve(puzzles: NDArray[np.integer], progress: bool = False) -> tuple[Cells, NDArray[np.int64]]:
-    """Solve puzzles and tells whether the solution is the only one.
+def solve(puzzles: NDArray[np.integer], progress: bool = False) -> tuple[Grid, NDArray[np.int64]]:
+    """Solve puzzles and tell whether the solution is the only one.
 
     Args:
         puzzles: (N, order * order), digits 0..order, 0 = empty.
@@ -38,35 +38,35 @@ def solve(puzzles: NDArray[np.integer], progress: bool = False) -> tuple[Cells, 
     """
     order = order_of_cells(puzzles.shape[1])
     if puzzles.size and not 0 <= puzzles.min() <= puzzles.max() <= order:
-        raise ValueError(f"expected digits 0..{order}, got {puzzles.min()}..{puzzles.max()}")
+        raise ValueError(f"puzzles: expected digits 0..{order}, got {puzzles.min()}..{puzzles.max()}; correct them")
     return search(candidates(puzzles), limit=2, progress=progress)
 
 
 def candidates(puzzles: NDArray[np.integer]) -> Candidates:
-    """Turn clues into bit masks: puzzles (N, cells) to (cells, N)."""
+    """Turn clues into bit masks: puzzles (N, cells), result (cells, N)."""
     order = order_of_cells(puzzles.shape[1])
     masks = np.array([(1 << order) - 1] + [1 << digit for digit in range(order)], np.uint16)
     return masks[np.ascontiguousarray(puzzles.T)]
 
 
-def digits(masks: Candidates) -> Cells:
-    """Turn bit masks of decided cells back into digits: ``(cells, N)``, result (N, cells)."""
+def digits(masks: Candidates) -> Grid:
+    """Turn bit masks of decided cells back into digits: (cells, N), result (N, cells)."""
     return np.ascontiguousarray(_digit_of_mask()[masks].T)
 
 
-def search(start: Candidates, limit: int, progress: bool = False) -> tuple[Cells, NDArray[np.int64]]:
-    """Depth-first search over all boards together.
+def search(start: Candidates, limit: int, progress: bool = False) -> tuple[Grid, NDArray[np.int64]]:
+    """Search for solutions depth first, over all boards together.
 
     The frontier is a stack of arrays. Each turn takes at most ``CHUNK`` boards off its top, so memory is
     bounded by a few chunks per level of depth, however many solutions there are.
 
     Args:
-        start: Candidates, (cells, N).
+        start: Candidates (cells, N).
         limit: Stop looking at a board after this many solutions.
         progress: Show a progress bar on stderr if there are many boards.
 
     Returns:
-        The first solution found, (N, cells), and the number found, (N,), at most ``limit``.
+        The first solution found (N, cells) and the number found (N,), at most ``limit``.
     """
     cells, n = start.shape
     shape = geometry(order_of_cells(cells))
@@ -112,12 +112,12 @@ def branch(
     """Split every board on its undecided cell with fewest candidates, one child per candidate.
 
     Args:
-        masks: Candidates, (cells, N); every board has an undecided cell.
-        owners: Which puzzle each board came from (N,).
-        width: Number of candidates per cell, (cells, N).
+        masks: Candidates (cells, N); every board has an undecided cell.
+        owners: Which puzzle each board came from, (N,).
+        width: Number of candidates per cell (cells, N).
 
     Returns:
-        The children's candidates, (cells, M), and owners, (M,).
+        The children's candidates (cells, M) and owners (M,).
     """
     cell = np.where(width > 1, width, 99).argmin(axis=0)
     choices = masks[cell, np.arange(len(owners))]
@@ -138,11 +138,11 @@ def propagate(masks: Candidates, shape: Geometry) -> tuple[Candidates, Flags]:
     """Remove candidates by naked and hidden singles until nothing changes.
 
     Args:
-        masks: Candidates, (cells, N); not modified.
+        masks: Candidates (cells, N); not modified.
         shape: The boards' geometry.
 
     Returns:
-        What is left, (cells, N), and whether each board may still have a solution, (N,). A board that is
+        What is left (cells, N) and whether each board may still have a solution (N,). A board that is
         alive with one candidate in every cell is solved.
     """
     n = masks.shape[1]
@@ -161,7 +161,7 @@ def propagate(masks: Candidates, shape: Geometry) -> tuple[Candidates, Flags]:
 
 
 def _singles(masks: Candidates, shape: Geometry) -> tuple[Candidates, Flags]:
-    """Take one round of naked, then hidden singles; return the new candidates and which boards are possible."""
+    """Return the candidates after a round of naked, then hidden singles, and which boards are possible."""
     n = masks.shape[1]
     split = (shape.bands, shape.box_rows, shape.stacks, shape.box_cols, n)
     possible = np.ones(n, np.bool_)
@@ -192,7 +192,7 @@ def _singles(masks: Candidates, shape: Geometry) -> tuple[Candidates, Flags]:
 
 
 @cache
-def _digit_of_mask() -> Cells:
+def _digit_of_mask() -> Grid:
     table = np.zeros(1 << 9, np.uint8)
     table[1 << np.arange(9)] = np.arange(1, 10)
     return table

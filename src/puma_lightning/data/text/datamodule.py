@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from puma_lightning.data.base import DEFAULT_CACHE, at_least, cache_folder, make_loader
+from puma_lightning.data.base import at_least, make_loader
+from puma_lightning.data.cache import DEFAULT_CACHE, cache_folder
 from puma_lightning.data.text.layout import Example, Padding
 from puma_lightning.data.text.rows import Rows, Selection
 from puma_lightning.data.text.sources import find_source
@@ -158,7 +159,7 @@ class TextDataModule(pl.LightningDataModule):
     # To be overridden.
 
     def load(self, name: str) -> "Dataset":
-        """Return the rows of a set. Override it for rows from elsewhere; without files, ``identity`` too.
+        """Return the rows of a set. Override this method for rows from elsewhere; without files, ``identity`` too.
 
         Args:
             name: ``train``, ``val`` (unless held out), ``test`` or ``predict``.
@@ -168,13 +169,16 @@ class TextDataModule(pl.LightningDataModule):
         return self.sources[name].load(self.cache_dir / "datasets", self.text_unit)
 
     def identity(self, name: str) -> dict[str, Any]:
-        """Return what tells the rows of a set from any others, in JSON's types, without loading them."""
+        """Return what tells the rows of a set from any others, in JSON's types.
+
+        It is part of the cache's name. Override it where that is known without loading the rows.
+        """
         if name in self.sources:
             return {**self.sources[name].identity(), "text_unit": self.text_unit}
         return {"fingerprint": self._loaded_rows(name)._fingerprint}
 
     def encode(self, rows: dict[str, list[Any]], tokenize: Tokenize) -> Sequence[Example]:
-        """Turn rows into examples. Override it for columns and formats of your own.
+        """Turn rows into examples. Override this method for columns and formats of your own.
 
         Args:
             rows: Some rows, by column.
@@ -182,16 +186,16 @@ class TextDataModule(pl.LightningDataModule):
 
         Returns:
             For each row its token ids and how many of them, from the start, are the prompt; None to skip the row. EOS
-            is put after them, and before an example without a prompt.
+            is put after the ids, and before an example without a prompt.
         """
         return [(ids, 0) for ids in tokenize(rows[self.text_column])]
 
     def encode_prompt(self, rows: dict[str, list[Any]], tokenize: Tokenize) -> Sequence[list[int] | None]:
-        """Turn rows of which only the prompt is known (``predict``) into the token ids of each prompt."""
+        """Return the token ids of each prompt, for rows of which only the prompt is known (``predict``)."""
         return [[self.eos_id, *ids] for ids in tokenize(rows[self.text_column])]
 
     def answers(self, rows: Rows, name: str) -> list[str] | None:
-        """Return the gold answers of some rows of a set, if it has any; its batches then carry them as ``answer``."""
+        """Return the gold answers of some rows of a set, which its batches then carry as ``answer``; None without."""
         return None
 
     def has(self, name: str) -> bool:
@@ -205,7 +209,7 @@ class TextDataModule(pl.LightningDataModule):
     # What Lightning calls.
 
     def prepare_data(self) -> None:
-        """Train the tokenizer if need be and tokenises what the stage needs; runs in one process only."""
+        """Train the tokenizer if need be and tokenise what the stage needs; called in one process only."""
         stage = self.trainer.state.fn if self.trainer else None
         for name in self._needed(stage.value if stage else None):
             self._report(name, self._open(name))
@@ -222,7 +226,7 @@ class TextDataModule(pl.LightningDataModule):
         self._loaded.clear()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training batches."""
+        """Return shuffled training batches."""
         return make_loader(self._sets["train"], self.batch_size, True, self.num_workers, collate)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -239,7 +243,7 @@ class TextDataModule(pl.LightningDataModule):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer; one that is trained is there after ``prepare_data``."""
+        """The tokenizer. One that is still to be trained is trained on the first use, usually in ``prepare_data``."""
         return self._text_tokenizer.tokenizer
 
     @property
@@ -251,8 +255,8 @@ class TextDataModule(pl.LightningDataModule):
         """Return the texts of a sequence: the prompt, and what follows it up to the first EOS.
 
         Args:
-            tokens: Token ids, (L,); mask tokens are left out.
-            prompt_mask: Given positions, (L,); those at the start are the prompt. None: none are.
+            tokens: Token ids (L,); mask tokens are left out.
+            prompt_mask: Given positions (L,); those at the start are the prompt. None: none are.
         """
         ids = tokens.tolist()
         size = 0 if prompt_mask is None else int(prompt_mask.long().cumprod(0).sum())
@@ -270,7 +274,7 @@ class TextDataModule(pl.LightningDataModule):
         return loaders[0] if len(loaders) == 1 else loaders
 
     def _needed(self, stage: str | None) -> list[str]:
-        """Return the sets a stage uses; for None, all that the arguments provide for."""
+        """Return the sets that a stage uses; for None, all that the arguments provide for."""
         sets = {"validate": self.val_names, "test": self.test_names, "predict": ["predict"]}
         sets["fit"] = ["train", *self.val_names]
         if stage is not None:
@@ -291,7 +295,7 @@ class TextDataModule(pl.LightningDataModule):
         return self._tokenizer
 
     def _training_texts(self) -> Iterator[list[str]]:
-        """Return what ``encode`` tokenises of a bounded sample of the training rows."""
+        """Yield what ``encode`` tokenises of a bounded sample of the training rows."""
         left = _TRAINED_ON_CHARACTERS
         for rows in self._select("train").read(sample=_TRAINED_ON_ROWS):
             texts: list[str] = []
@@ -307,7 +311,7 @@ class TextDataModule(pl.LightningDataModule):
                 return
 
     def _home(self, name: str) -> str:
-        """Return the set that a set's rows are in."""
+        """Return the set whose rows hold those of a set: ``train`` for what is held out of it."""
         return "train" if name == "val" and self.held_out else name
 
     def _loaded_rows(self, name: str) -> "Dataset":
@@ -331,7 +335,7 @@ class TextDataModule(pl.LightningDataModule):
         return Selection(dataset, argument, *((None, held) if name == "val" else (limit, None, held)))
 
     def _recipe(self, name: str) -> dict[str, Any]:
-        """Return all that a set's examples depend on, except for the tokenizer."""
+        """Return all that a set's examples depend on, except the tokenizer."""
         part: dict[str, Any] = {"limit": self.limits.get(name)}
         if self._home(name) == "train" and self.held_out:
             part |= {"held_out": name == "val", "num_val": self.limits["val"], "seed": self.seed}
@@ -392,7 +396,7 @@ def _own_settings(module: TextDataModule) -> dict[str, Any]:
 
 
 def _described(value: Any) -> str:
-    """Return what a class attribute is or does: the same in every process, wherever it is defined."""
+    """Return what a class attribute is or does: the same text in every process, wherever the class is defined."""
     if isinstance(value, staticmethod | classmethod):
         return _described(value.__func__)
     if isinstance(value, property):

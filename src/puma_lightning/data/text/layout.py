@@ -19,9 +19,9 @@ class Sequences:
 
     Attributes:
         tokens: (n, L).
-        prompt: Number of given positions at the start, (n,).
-        end: Where positions are given again, (n,); L if nowhere.
-        kept: Which examples they are of (n,).
+        prompt: Number of given positions at the start (n,).
+        end: Where positions are given again (n,); L if nowhere.
+        kept: The number of the example that each sequence is of (n,).
         counts: How many examples were skipped or cut, by reason.
     """
 
@@ -35,10 +35,10 @@ class Sequences:
 def lay_out(
     examples: Sequence[Example], length: int, eos_id: int, padding: Padding, min_answer_length: int = 1
 ) -> Sequences:
-    """Lay out one example per sequence: its ids, EOS, and EOS up to the end.
+    """Lay out one example in each sequence: its ids, EOS, and EOS up to the end.
 
-    An example of L ids or more keeps the first L - 1, and EOS after them. One without a prompt gets a given EOS at its
-    start, so that a causal model has something to predict from.
+    An example of L ids or more keeps the first L - 1, and EOS follows them. An example without a prompt gets a given
+    EOS at its start, so that a causal model has something to predict from.
 
     Args:
         examples: Token ids and how many of them are the prompt; None or no ids for a row to skip.
@@ -78,7 +78,7 @@ def lay_out_prompts(
     """Lay out prompts whose answers are not known: everything after them is masked.
 
     Args:
-        prompts: Token ids; None or none for a row to skip.
+        prompts: Token ids; None or no ids for a row to skip.
         length: L.
         mask_id: The mask token.
         min_answer_length: Skip a prompt that leaves fewer answer positions.
@@ -93,7 +93,7 @@ def lay_out_prompts(
 
 
 class Packer:
-    """Cuts a stream of documents into sequences that each start with an EOS that is given.
+    """A stream of documents, cut into sequences that each start with an EOS that is given.
 
     Args:
         length: L.
@@ -106,7 +106,7 @@ class Packer:
         self.rest = np.empty(0, np.int64)
 
     def __call__(self, stream: NDArray[np.int64], counts: Counter[str]) -> Sequences:
-        """Return all sequences that are complete with the next part of the stream, (T,); the rest waits for more."""
+        """Return the sequences that the next part of the stream (T,) completes; the rest waits for more."""
         stream = np.concatenate([self.rest, stream])
         n = len(stream) // (self.length - 1)
         self.rest = stream[n * (self.length - 1) :]
@@ -116,11 +116,13 @@ class Packer:
 
 
 def documents(examples: Sequence[Example], eos_id: int) -> tuple[NDArray[np.int64], Counter[str]]:
-    """Return the ids of all examples in a row, (T,), EOS after each, and the number of empty ones."""
+    """Return the ids of all examples, one after another with EOS after each (T,), and the number of empty ones."""
     filled = [example for example in examples if example and example[0]]
     counts = Counter({"empty": len(examples) - len(filled)})
     if any(prompt for _, prompt in filled):
-        raise ValueError("packing has no place for prompts, which encode returned: set packing to false")
+        raise ValueError(
+            "packing: expected examples without prompts, got one with a prompt from encode; set packing to false"
+        )
     return flatten([part for ids, _ in filled for part in (ids, (eos_id,))]), counts
 
 
@@ -137,20 +139,28 @@ def check_examples(examples: Sequence[Example], rows: int, vocab_size: int, mask
         ValueError: If there is not one example for each row, or one has impossible ids or an impossible prompt.
     """
     if len(examples) != rows:
-        raise ValueError(f"encode: expected one example for each of {rows} rows, got {len(examples)}")
+        raise ValueError(
+            f"encode: expected one example for each of {rows} rows, got {len(examples)}; return None for a row to skip"
+        )
     filled = [example for example in examples if example]
     found = flatten([ids for ids, _ in filled])
     if len(found) and not 0 <= found.min() <= found.max() < vocab_size:
-        raise ValueError(f"encode: expected token ids in 0..{vocab_size - 1}, got {found.min()}..{found.max()}")
+        raise ValueError(
+            f"encode: expected token ids in 0..{vocab_size - 1}, got {found.min()}..{found.max()}; "
+            "use the function that encode is given"
+        )
     if (found == mask_id).any():
         raise ValueError(f"encode: expected no mask token {mask_id} in an example, got one; name another mask_token")
     for ids, prompt in filled:
         if not 0 <= prompt <= len(ids):
-            raise ValueError(f"encode: expected a prompt of 0..{len(ids)} of an example's tokens, got one of {prompt}")
+            raise ValueError(
+                f"encode: expected a prompt of 0..{len(ids)} of an example's tokens, got {prompt}; "
+                "return how many of them are the prompt"
+            )
 
 
 def flatten(ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    """Return all token ids in one array."""
+    """Return all token ids in one array (T,)."""
     return np.fromiter(chain.from_iterable(ids), np.int64, sum(map(len, ids)))
 
 

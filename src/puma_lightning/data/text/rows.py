@@ -24,8 +24,8 @@ class Rows(dict[str, list[Any]]):
 
     Args:
         columns: The values.
-        argument: The argument they came from, for messages.
-        index: Their numbers in the data set, from 0.
+        argument: Name of the argument that gave the data set, for messages.
+        index: The rows' numbers in the data set, from 0.
     """
 
     def __init__(self, columns: dict[str, list[Any]], argument: str, index: list[int]) -> None:
@@ -46,10 +46,10 @@ class Selection:
 
     Args:
         dataset: The data set.
-        argument: Where it came from, for messages.
+        argument: Name of the argument that gave the data set, for messages.
         limit: This many rows at most; None for all.
-        only: The numbers of these rows, ascending.
-        without: The numbers of rows to leave out, ascending.
+        only: The numbers of the rows to take, ascending; None for all.
+        without: The numbers of the rows to leave out, ascending; None for none.
     """
 
     dataset: Dataset
@@ -64,7 +64,7 @@ class Selection:
         return rows if self.limit is None else min(rows, self.limit)
 
     def read(self, sample: int | None = None) -> Iterator[Rows]:
-        """Read the rows some at a time.
+        """Read the rows, some at a time.
 
         Args:
             sample: Read about this many only, evenly spread; None for all.
@@ -78,7 +78,7 @@ class Selection:
             starts = starts[:: max(1, -(-stop // max(sample, step)))]
         for number, start in enumerate(starts):
             if dataset.cache_files and number % _MAPPED_FOR == 0:
-                # Map the files again: pages that were read would otherwise count as this process's memory for good.
+                # Opens the files again: pages that were read would otherwise go on counting as this process's memory.
                 dataset = pickle.loads(pickle.dumps(dataset))
             index = np.arange(start, min(start + step, stop))
             if self.only is not None:

@@ -27,7 +27,7 @@ class Source:
     """Where the rows of one set are.
 
     Args:
-        argument: Name of the argument it came from, for messages.
+        argument: Name of the argument that names them, for messages.
         files: Absolute paths; empty for a data set on the hub.
         kind: What ``datasets`` calls the files' format.
         hub: Name, configuration and split on the hub.
@@ -39,7 +39,7 @@ class Source:
     hub: tuple[str, str | None, str] = ("", None, "")
 
     def identity(self) -> dict[str, object]:
-        """Return what changes when the rows do."""
+        """Return what changes when the rows do, in JSON's types."""
         if not self.files:
             return {"hub": list(self.hub)}
         status = [(str(file), file.stat()) for file in self.files]
@@ -61,7 +61,7 @@ class Source:
                 )
         size = sum(file.stat().st_size for file in self.files)
         if not size:
-            raise ValueError(f"{self.argument}: expected rows, got the empty file {self.files[0]}")
+            raise ValueError(f"{self.argument}: expected rows, got the empty file {self.files[0]}; name another one")
         options: dict[str, Any] = {"writer_batch_size": _ROWS_IN_A_BLOCK}
         if self.kind == "text":
             options["sample_by"] = text_unit
@@ -76,16 +76,16 @@ class Source:
                 reason = error.__cause__ or error
                 raise ValueError(
                     f"{self.argument}: expected rows in {self.kind} format in {', '.join(map(str, self.files))}, got: "
-                    f"{str(reason) or 'no rows'}"
+                    f"{str(reason) or 'no rows'}; correct the files"
                 ) from error
         return rows
 
 
 def find_source(argument: str, given: str | list[str], split: str) -> Source:
-    """Return where an argument's rows are; nothing is read yet.
+    """Find where an argument's rows are; nothing is read yet.
 
     Args:
-        argument: Its name.
+        argument: The argument's name.
         given: A file, a glob, a list of these, or ``NAME[:CONFIG[:SPLIT]]`` on the hub.
         split: The split of a data set on the hub that names none.
 
@@ -104,15 +104,15 @@ def find_source(argument: str, given: str | list[str], split: str) -> Source:
             hint = (
                 f"give its files, for example {name.rstrip('/')}/*.jsonl" if os.path.isdir(path) else "check the path"
             )
-            raise ValueError(f"{argument}: expected a file, found none at {path}; {hint}")
+            raise ValueError(f"{argument}: expected a file, got none at {path}; {hint}")
         files += map(Path, found)
     if not files:
-        raise ValueError(f"{argument}: expected a file or a data set on the hub, got an empty list")
+        raise ValueError(f"{argument}: expected a file or a data set on the hub, got an empty list; name one")
     kinds, endings = {_kind(file) for file in files}, {_ending(file) for file in files}
     if len(kinds) > 1 or None in kinds or (".tsv" in endings and len(endings) > 1):
         raise ValueError(
             f"{argument}: expected files of one format ({', '.join(KINDS)}, also compressed as .gz), got "
-            f"{sorted(endings)}"
+            f"{sorted(endings)}; give files of one format"
         )
     return Source(argument, tuple(files), str(kinds.pop()))
 
@@ -133,7 +133,7 @@ def _ending(file: Path) -> str:
 
 @contextmanager
 def _quiet(small: bool) -> Iterator[None]:
-    """Leave out progress bars for what takes no time."""
+    """Hide the progress bars of what takes no time."""
     import datasets
 
     bars = not datasets.are_progress_bars_disabled()

@@ -32,7 +32,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         folder: What ``cached`` made.
 
     Attributes:
-        counts: How many rows or sequences were skipped, truncated or left over, by reason.
+        counts: How many rows or sequences were skipped, cut or left over, by reason.
         rows: Number of rows that the sequences were made from.
     """
 
@@ -51,11 +51,11 @@ class TokenDataset(Dataset[dict[str, Any]]):
         return len(self._tokens)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one item, (L,) tensors."""
+        """Return one item, tensors (L,)."""
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Return a whole batch, (B, L) tensors (and a list of B answers), which ``collate`` passes on."""
+        """Return a whole batch, tensors (B, L) and maybe a list of B answers; ``collate`` passes it on."""
         rows = np.asarray(indices)
         tokens = self._tokens[rows].astype(np.int64)
         position = np.arange(tokens.shape[1])
@@ -73,21 +73,21 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
 
 def collate(items: Any) -> Any:
-    """For a DataLoader over a ``TokenDataset``, which returns batches already."""
+    """Pass on what a ``TokenDataset`` gives to a DataLoader, which is a batch already."""
     return default_collate(items) if isinstance(items, list) else items
 
 
 class TokenWriter:
-    """Appends sequences to a cache folder that is being made.
+    """A cache folder that is being made, to which sequences are appended.
 
     Args:
-        folder: Where.
+        folder: The folder.
         length: L.
         vocab_size: V; decides between 16 and 32 bits for each token.
 
     Attributes:
-        counts: To be filled by reason; kept with the sequences.
-        rows: To be set to the number of rows read.
+        counts: How many rows or sequences were skipped, cut or left over, by reason; the caller counts them.
+        rows: Number of rows read; the caller counts them.
     """
 
     def __init__(self, folder: Path, length: int, vocab_size: int) -> None:
@@ -121,9 +121,9 @@ class TokenWriter:
         """Append n sequences.
 
         Args:
-            tokens: Token ids, (n, L).
-            prompt: Number of given positions at the start, (n,).
-            end: Where positions are given again, (n,); L if nowhere.
+            tokens: Token ids (n, L).
+            prompt: Number of given positions at the start (n,).
+            end: Where positions are given again (n,); L if nowhere.
             answers: n gold answers.
         """
         for name, values in (("tokens", tokens), ("prompt", prompt), ("end", end)):
@@ -194,7 +194,7 @@ def cached(
 
 
 def _problem(path: Path, recipe: Mapping[str, object]) -> str | None:
-    """Return what is wrong with a finished cache; None if nothing is."""
+    """Return what is wrong with a finished cache, or None if nothing is."""
     try:
         meta = json.loads((path / _META).read_text())
         if meta["recipe"] != recipe:

@@ -1,4 +1,4 @@
-"""Rows in, fixed-length sequences out, a bounded number at a time."""
+"""From rows to fixed-length sequences on disk, a bounded number of rows at a time."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -68,12 +68,12 @@ def write_examples(
     """Write rows with their answers.
 
     Args:
-        writer: Where to.
-        rows: Which rows.
-        form: How.
+        writer: Takes the sequences.
+        rows: The rows.
+        form: What the sequences look like.
         encode: Token ids and how many of them are the prompt, or None, for each row; called from two threads.
         answers: The gold answers of rows, if there are any; without packing.
-        description: For the progress bar.
+        description: What the progress bar says.
 
     Raises:
         ValueError: If an example is impossible, or there is not one sequence.
@@ -109,12 +109,12 @@ def write_prompts(
     """Write rows of which only the prompts are known; everything after them is masked.
 
     Args:
-        writer: Where to.
-        rows: Which rows.
-        form: How.
+        writer: Takes the sequences.
+        rows: The rows.
+        form: What the sequences look like.
         encode: Token ids of each row's prompt, or None; called from two threads.
         answers: The gold answers of rows, if there are any.
-        description: For the progress bar.
+        description: What the progress bar says.
         skip: Whether empty prompts and those that leave no room for an answer are skipped, or an error.
 
     Raises:
@@ -139,12 +139,12 @@ def write_prompts(
 
 
 def describe(counts: Counter[str]) -> str:
-    """Return what was left out, in words; empty if nothing was."""
+    """Return in words what was left out; an empty text if nothing was."""
     return ", ".join(text.format(counts[reason]) for reason, text in _REASONS.items() if counts[reason])
 
 
 def ahead(function: Callable[[In], Out], items: Iterable[In], threads: int = 2) -> Iterator[Out]:
-    """Yield the function's result for each item, in order, working on the next ones in threads meanwhile.
+    """Yield the function's result for each item, in order, while threads work on the next items.
 
     One thread turns tokens into arrays while the tokenizer works, on all cores, for another; few items are in memory.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from puma_lightning.data.sudoku.files import replacing
+from puma_lightning.data.cache import replacing
 from puma_lightning.hub import from_hub
 
 # Otherwise tokenizers warns whenever a DataLoader forks workers; they tokenise nothing.
@@ -41,13 +41,13 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the greatest id that a text, EOS or the mask can have."""
+        """V: one more than the greatest id that a text, EOS or the mask can have."""
         special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         ordinary = (i for i in self.tokenizer.get_vocab().values() if i not in special)
         return 1 + max(self.eos_id, self.mask_id, *ordinary)
 
     def encode(self, texts: Sequence[object]) -> list[list[int]]:
-        """Token ids of each text, without special tokens; None is an empty text. Uses all cores."""
+        """Return the token ids of each text, without special tokens, on all cores. None counts as an empty text."""
         strings = ["" if text is None else str(text) for text in texts]
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(strings, add_special_tokens=False)]
 
@@ -74,17 +74,18 @@ def load_tokenizer(name: str) -> Tokenizer:
             return _gpt2(path)
         else:
             raise ValueError(
-                f"tokenizer: expected tokenizer.json, or vocab.json and merges.txt, in {path}; found neither"
+                f"tokenizer: expected tokenizer.json, or vocab.json and merges.txt, in {path}, got neither; name "
+                "another folder"
             )
     elif not path.is_file():
         if path.suffix == ".json" or path.is_absolute() or name.startswith((".", "~")):
-            raise ValueError(f"tokenizer: expected a tokenizer.json or a folder, found none at {path}; check the path")
+            raise ValueError(f"tokenizer: expected a tokenizer.json or a folder, got none at {path}; check the path")
         path = Path(_download(name))
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more specific
         raise ValueError(
-            f"tokenizer: expected a tokenizer.json of the tokenizers library at {path}, got: {error}"
+            f"tokenizer: expected a tokenizer.json of the tokenizers library at {path}, got: {error}; name another file"
         ) from None
 
 
@@ -99,7 +100,9 @@ def _gpt2(folder: Path) -> Tokenizer:
     try:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:
-        raise ValueError(f"tokenizer: expected the vocabulary of a byte-level BPE in {folder}, got: {error}") from None
+        raise ValueError(
+            f"tokenizer: expected the vocabulary of a byte-level BPE in {folder}, got: {error}; name another one"
+        ) from None
     return _byte_level(model)
 
 
@@ -168,17 +171,23 @@ def cached_tokenizer(
 
 
 def check_trained(vocab_size: int, eos_token: str | None, mask_token: str) -> str:
-    """Return the name of EOS, once the settings of a tokenizer that is still to be trained are known to be good."""
+    """Check the settings of a tokenizer that is still to be trained, and return the name of its EOS.
+
+    Raises:
+        ValueError: If the vocabulary can't hold all bytes, or the special tokens have one name.
+    """
     eos_token = eos_token or EOS_NAMES[0]
     if vocab_size < _ALPHABET + 2:
-        raise ValueError(f"vocab_size: expected at least {_ALPHABET + 2} (all bytes, EOS and mask), got {vocab_size}")
+        raise ValueError(
+            f"vocab_size: expected at least {_ALPHABET + 2} (all bytes, EOS and mask), got {vocab_size}; raise it"
+        )
     if eos_token == mask_token:
-        raise ValueError(f"mask_token: expected another token than EOS, got {mask_token!r} for both")
+        raise ValueError(f"mask_token: expected another token than EOS, got {mask_token!r} for both; name another one")
     return eos_token
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, eos_token: str | None, mask_token: str) -> TextTokenizer:
-    """Find EOS and mask, adds what is missing (and says so), and makes special tokens in texts ordinary.
+    """Find EOS and mask, add what is missing (and say so), and make special tokens in texts ordinary.
 
     Args:
         tokenizer: Any tokenizer; changed in place.

@@ -1,4 +1,4 @@
-"""Seeded word problems: a template, numbers that suit it, people and nouns, and phrases, all chosen by lot.
+"""Seeded word problems: a template, numbers that suit it, people and nouns, and phrases, all drawn at random.
 
 Attempt i depends on (seed, split, i) only, so a longer set starts with a shorter one of the same seed. Which split a
 problem belongs to depends on its template and its numbers, not on the seed: nobody who has learned the training
@@ -21,7 +21,7 @@ from puma_lightning.data.word_problems.templates import NOUNS, PEOPLE, TEMPLATES
 
 Split = Literal["train", "val", "test"]
 
-# Of this many shares of a template's numbers, one is for val, one for test and the others for train.
+# A template's numbers are dealt into so many shares: one is for val, one for test and the others for train.
 _SHARES = 16
 _Any = TypeVar("_Any")
 
@@ -54,7 +54,7 @@ def make_problems(number: int, seed: int, split: Split) -> list[dict[str, str]]:
         split: No problem of one split shares its template and numbers with one of another, whatever the seeds.
 
     Returns:
-        The different problems, as ``question``, ``code`` and ``answer``; fewer of them are the start of more.
+        Different problems, as ``question``, ``code`` and ``answer``. A shorter list is the start of a longer one.
 
     Raises:
         ValueError: If there is no such split, or ``number`` is negative.
@@ -73,11 +73,11 @@ def make_problems(number: int, seed: int, split: Split) -> list[dict[str, str]]:
 
 
 def attempt(seed: int, split: Split, index: int) -> Problem:
-    """Make one problem; now and then, another index gives the same.
+    """Make one problem; two indices may give the same one.
 
     Args:
         seed: Any integer.
-        split: Where the numbers have to belong.
+        split: The split that the numbers must belong to, see ``split_of``.
         index: Any integer.
 
     Returns:
@@ -99,7 +99,7 @@ def attempt(seed: int, split: Split, index: int) -> Problem:
 
 
 def split_of(template: Template, numbers: Mapping[str, int]) -> Split:
-    """Say which split all problems of a template with these numbers belong to.
+    """Return the split that all problems of a template with these numbers belong to.
 
     Args:
         template: Only its name counts.
@@ -129,14 +129,14 @@ def run(template: Template, numbers: Mapping[str, int]) -> list[float]:
 
 
 def suits(template: Template, numbers: Mapping[str, int]) -> bool:
-    """Say whether every line of a template's program gives a whole number of at least 2, as plurals need.
+    """Tell whether every line of a template's program gives a whole number of at least 2, as plurals need.
 
     Args:
         template: What to run.
         numbers: By name.
 
     Returns:
-        Whether to use them.
+        Whether these numbers may be used.
     """
     try:
         return all(value >= 2 and value % 1 == 0 for value in run(template, numbers))
@@ -148,7 +148,7 @@ def draw_words(lots: random.Random) -> dict[str, str]:
     """Draw people and nouns.
 
     Args:
-        lots: Where chance comes from.
+        lots: The source of randomness.
 
     Returns:
         A word for every slot of a template that is not a number.
@@ -185,7 +185,7 @@ def _draw_numbers(lots: random.Random, template: Template, split: Split) -> dict
 
 
 def _choose(lots: random.Random, options: Sequence[_Any]) -> _Any:
-    # Of all its methods, only random() gives the same on every version of Python.
+    # random() alone, among all methods of Random, gives the same on every version of Python.
     return options[int(lots.random() * len(options))]
 
 

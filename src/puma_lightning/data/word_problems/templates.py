@@ -2,7 +2,7 @@
 
 A question is plain text in which
 
-* ``[has|owns]`` is one of these phrases, chosen again for every problem,
+* ``[has|owns]`` is one of these phrases, chosen for each problem,
 * ``{start}`` is a number, from the range of that name in ``numbers``,
 * ``{name}``, ``{He}``, ``{he}``, ``{his}`` is a person and ``{friend}`` another one,
 * ``{toy}`` and ``{toys}``, ``{box}`` and ``{boxes}``, ... are a noun of that kind, singular and plural (see `NOUNS`),
@@ -104,7 +104,7 @@ class Template:
     """One kind of problem.
 
     Args:
-        name: Decides, with the numbers, which problems are held out; renaming a template deals them again.
+        name: Decides, with the numbers, which problems are held out; another name means that others are.
         question: Text, in the notation above.
         program: Lines of Python, in the notation above.
         numbers: The values that each number can have.

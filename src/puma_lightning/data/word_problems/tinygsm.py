@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from puma_lightning.data.base import DEFAULT_CACHE, at_least
+from puma_lightning.data.base import at_least
+from puma_lightning.data.cache import DEFAULT_CACHE
 from puma_lightning.data.text.datamodule import TextDataModule, Tokenize
 from puma_lightning.data.text.layout import Example, Padding
 from puma_lightning.data.text.rows import Rows
@@ -155,7 +156,7 @@ class TinyGSMDataModule(TextDataModule):
 
 
 def stripped(texts: list[Any]) -> list[str]:
-    """Strip the white space around texts; None is an empty text."""
+    """Return texts without the white space around them; None becomes an empty text."""
     return ["" if text is None else str(text).strip() for text in texts]
 
 

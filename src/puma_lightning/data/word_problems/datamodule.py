@@ -1,16 +1,16 @@
-"""Built-in word problems as a DataModule: the whole text story without a download."""
+"""Built-in word problems as a DataModule: questions, programs and gold answers without a download."""
 
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from puma_lightning.data.base import DEFAULT_CACHE
+from puma_lightning.data.cache import DEFAULT_CACHE
 from puma_lightning.data.text.layout import Padding
-from puma_lightning.data.word_problems import make_problems
+from puma_lightning.data.word_problems.generate import make_problems
 from puma_lightning.data.word_problems.tinygsm import TinyGSMDataModule
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Part of what the tokenised text is kept by: raise it when other problems come of the same seed.
+# Part of the cache's name: raise it when the same seed gives other problems than before.
 VERSION = 1
 
 
@@ -33,7 +33,7 @@ class WordProblemsDataModule(TinyGSMDataModule):
         batch_size: Sequences in a training batch of one device.
         eval_batch_size: Sequences in a validation, test or prediction batch; null for ``batch_size``.
         num_workers: Processes that load batches; loading is fast enough for 0.
-        seed: For the problems.
+        seed: Chooses the problems.
         cache_dir: Where tokenised text is kept. The default follows ``$XDG_CACHE_HOME`` if set.
 
     Raises:
