@@ -194,7 +194,7 @@ def main() -> None:
         "rows_per_chunk": rows_per_chunk(positions, shape.vocab_size, torch.device(shape.device)),
         "peak_memory": memory,
         "full_size": {"batch_size": full.batch_size, **at_full_size},
-        # Of float32 logits alone, of which the textbook version makes several.
+        # The float32 logits alone; the textbook version makes several such tensors.
         "full_size_logits_gb": round(4e-9 * full.batch_size * full.length * full.vocab_size, 2),
     }
     _report.write(args.out, report)

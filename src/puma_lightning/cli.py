@@ -88,8 +88,9 @@ class PumaCLI(ConfigWinsCLI):
             callbacks.append(StepProgressBar())
         if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
             callbacks.append(PredictionWriter())
-        if config.get("logger") is None and "logger" not in kwargs:
-            kwargs["logger"] = [TensorBoardLogger(RUNS, run.name), CSVLogger(RUNS, run.name)]
+        if config.get("logger") is None and "logger" not in kwargs and not config.get("barebones"):
+            folder = Path(config.get("default_root_dir") or ".") / RUNS
+            kwargs["logger"] = [TensorBoardLogger(folder, run.name), CSVLogger(folder, run.name)]
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         for logger in trainer.loggers:
             # All loggers settle on a version before the first of them makes its folder.

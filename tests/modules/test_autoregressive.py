@@ -286,7 +286,8 @@ class TestInitialisation:
     def test_the_shift_must_be_kept(self, tmp_path):
         _, path = self.checkpoint(tmp_path)
         with pytest.raises(
-            ValueError, match=r"shifted = True, this model has False; set `model.init_args.shifted` to true"
+            ValueError,
+            match=r"shifted: expected True, .* got False in this model; set `model.init_args.shifted`",
         ):
             MaskedDiffusion(backbone(causal=False), MASK, init_from=path).load_weights(path)
 
@@ -307,7 +308,7 @@ class TestInitialisation:
         ("changes", "message"),
         [
             (dict(hidden_size=24), r"embed_tokens.weight is \(12, 16\) instead of \(12, 24\)"),
-            (dict(num_heads=1), "num_heads = 2, this model has 1"),
+            (dict(num_heads=1), "num_heads: expected 2, .* got 1"),
             (dict(rope_theta=500.0), "rope_theta"),
         ],
     )
@@ -333,7 +334,7 @@ class TestInitialisation:
         run.save_checkpoint(path)
         for options in ({"init_from": path}, {}):
             other = MaskedDiffusion(backbone(causal=False), MASK, RandomMasking(), shifted=True, **options)
-            with pytest.raises(ValueError, match="has tokenizer = a, this model has b; use the tokenizer"):
+            with pytest.raises(ValueError, match=r"tokenizer: expected a, .* got b in this model; use the tokenizer"):
                 trainer(tmp_path).fit(other, datamodule=Data("b"), **({} if options else {"ckpt_path": path}))
             trainer(tmp_path).fit(other, datamodule=Data("a"), **({} if options else {"ckpt_path": path}))
 

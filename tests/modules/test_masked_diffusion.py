@@ -598,3 +598,47 @@ def test_a_fused_optimizer_that_cannot_be_clipped_is_refused(precision, clip, fu
             made.configure_optimizers()
     else:
         assert isinstance(made.configure_optimizers(), torch.optim.AdamW)
+
+
+def test_what_a_data_module_offers_wrongly_is_refused_before_training():
+    """Although it is not needed before the first validation."""
+
+    class Misnamed(pl.LightningDataModule):
+        val_names = ("one", "two", "three")
+
+        def train_dataloader(self):
+            return loader()
+
+        def val_dataloader(self):
+            return [loader(), loader()]
+
+    refused(
+        model(), "val_names: expected a different name for each of 2 val loaders", Misnamed(), num_sanity_val_steps=0
+    )
+
+
+def test_a_module_may_refuse_more_than_we_do():
+    class Stricter(MaskedDiffusion):
+        def preflight(self) -> None:
+            super().preflight()
+            raise ValueError("not today")
+
+    made = model()
+    made.__class__ = Stricter
+    refused(made, "not today")
+
+
+def test_a_model_may_know_the_rows_of_its_batch():
+    """It is asked for the rows that are left; see ``Canvas``."""
+    asked = []
+
+    class Knows(MaskedDiffusion):
+        def select(self, rows):
+            asked.append(rows.tolist())
+            return self
+
+    made = model()
+    made.__class__ = Knows
+    x0 = torch.zeros(2, 8, dtype=torch.long)
+    made.sample(x0, torch.arange(8) < torch.tensor([[4], [6]]))
+    assert asked == [[0]]

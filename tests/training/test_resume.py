@@ -282,7 +282,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
     for name in ("missing", "empty", "text", "cut", "damaged", "foreign", "list", "module"):
         with pytest.raises(ValueError, match=str(tmp_path / name)):
             load_checkpoint(tmp_path / name)
-    with pytest.raises(ValueError, match=r"batch3.ckpt does not fit.*embed.weight"):
+    with pytest.raises(ValueError, match=r"batch3.ckpt: expected weights of this model.*embed.weight"):
         run(tmp_path, init_from=str(tmp_path / "batch3.ckpt"), backbone=Backbone(width=16))
 
 

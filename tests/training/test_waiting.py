@@ -15,9 +15,11 @@ from puma_lightning import (
     LeftToRight,
     Margin,
     MaskedDiffusion,
+    MixedMasking,
     ProgressiveUnmasking,
     RandomMasking,
     RandomOrder,
+    SelfAlignedMasking,
     TransformerBackbone,
 )
 from puma_lightning.chain.chains import Chains
@@ -32,6 +34,8 @@ PROCESSES = {
     **{repr(policy): ProgressiveUnmasking(3, policy) for policy in (RandomOrder(), LeftToRight(), Margin(), Entropy())},
     "threshold": ProgressiveUnmasking(3, Confidence(), threshold=0.5),
     "schedule": ProgressiveUnmasking([[0, 3], [1, 4]], threshold=0.5),
+    "mixed": MixedMasking(0.5, 3, threshold=0.5),
+    "self-aligned": SelfAlignedMasking(),
     "function": ProgressiveUnmasking(3, lambda logits, xt: logits.amax(-1)),
 }
 MODELS = {"whole": MaskedDiffusion, "blocks": partial(BlockDiffusion, block_size=3)}

@@ -2,8 +2,8 @@
 
 Training and sampling take the same step. Only the source of the revealed tokens differs::
 
-    train :  xt = unmasking.step(xt, tokens=x0,    predictions, count=target - revealed)   # teacher/puma.py
-    sample:  xt = unmasking.step(xt, tokens=drawn, predictions, count=k)                   # student/any_order.py
+    train :  xt = unmasking.step(xt, x0,    predictions, target - revealed, mask_id)   # teacher/puma.py
+    sample:  xt = unmasking.step(xt, drawn, predictions, k,                 mask_id)   # student/any_order.py
 """
 
 import torch

@@ -90,10 +90,14 @@ class BlockDiffusion(MaskedDiffusion):
         size = block_size or self.current_block_size()
         nothing_given = torch.zeros_like(x0, dtype=torch.bool)
         chains = Chains.fully_masked(x0, nothing_given, self.mask_id, block_size=size)
-        return join_blocks(self.denoise(replace(chains, xt=cut_blocks(xt, chains.x0.shape[1]))), chains.num_blocks)
+        states = self.aligned_states(replace(chains, xt=cut_blocks(xt, chains.x0.shape[1])))
+        logits = exclude_token(self.backbone.lm_head(states), self.mask_id)  # type: ignore[operator]
+        return join_blocks(logits, chains.num_blocks)
 
     def denoise(self, chains: Chains) -> Tensor:
-        return exclude_token(self.backbone.lm_head(self.aligned_states(chains)), self.mask_id)  # type: ignore[operator]
+        xt, x0 = join_blocks(chains.xt, chains.num_blocks), join_blocks(chains.x0, chains.num_blocks)
+        size = chains.x0.shape[1]
+        return cut_blocks(self(xt, x0, size), size)
 
     def aligned_states(self, chains: Chains) -> Tensor:
         xt, x0 = join_blocks(chains.xt, chains.num_blocks), join_blocks(chains.x0, chains.num_blocks)
@@ -124,12 +128,6 @@ class BlockDiffusion(MaskedDiffusion):
                     f"sampler: expected a length of at most the backbone's max_length {longest}, got {sampler.length}; "
                     "raise max_length, which changes no weights but those of learned positions"
                 )
-
-    def setup(self, stage: str) -> None:
-        """Begin a curriculum at its first block size, unless a checkpoint is loaded after this."""
-        super().setup(stage)
-        if stage == "fit":
-            self.trained_in = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how far the curriculum has come."""

@@ -1,7 +1,5 @@
 """What every generative module has in common: evaluation by likelihood, and completing sequences."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,6 +12,7 @@ from puma_lightning.data.base import offer_of
 from puma_lightning.data.batch import Batch, check_batch, check_first
 from puma_lightning.models.transformer import TransformerBackbone
 from puma_lightning.modules.base import StreamedModule
+from puma_lightning.modules.eval_mode import eval_mode
 from puma_lightning.modules.preflight import preflight
 from puma_lightning.output.alignment import align
 from puma_lightning.output.prediction import exclude_token
@@ -30,17 +29,29 @@ class GenerativeModule(StreamedModule):
     large_vocabulary: int | None = 4096  # tokens from which the output layer is run on positions that count alone
     sampler: AnySampler
     sampler_class: type[AnySampler]
+    trained_in: int | None = None  # the block size of the training batch seen last, of a model with blocks
     _sampling_seed = 0
 
     def setup(self, stage: str) -> None:
         """Let predictions follow the run's seed; evaluation draws the same numbers every time."""
         super().setup(stage)
         self._sampling_seed = shared_seed(self.trainer) if stage == "predict" else 0
+        if stage == "fit":
+            # A curriculum begins at its first block size, unless a checkpoint is loaded after this.
+            self.trained_in = None
 
     def on_train_start(self) -> None:
         """Try the first batch before any step is taken, so that bad input is refused at once."""
-        preflight(self)
+        self.preflight()
         super().on_train_start()
+
+    def preflight(self) -> None:
+        """Check what the model makes of the first batch; see ``preflight.py``. Extend it to refuse more.
+
+        Raises:
+            ValueError: If something would go wrong later.
+        """
+        preflight(self)
 
     def forward(self, xt: Tensor) -> Tensor:
         """Predict every position, never as the mask token.
@@ -178,18 +189,6 @@ class GenerativeModule(StreamedModule):
                 f"sampler: expected a {self.sampler_class.__name__} for {type(self).__name__}, got a "
                 f"{type(sampler).__name__}; give one"
             )
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Turn off dropout and the like, then put every submodule back into the mode it was in."""
-    modes = [(each, each.training) for each in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, mode in modes:
-            each.training = mode
 
 
 def check_eos(eos_id: int | None, vocab_size: int, mask_id: int) -> int | None:

@@ -61,7 +61,6 @@ class MaskedDiffusion(GenerativeModule):
             )
         self.sampler = sampler
         self.shifted = shifted
-        self.trained_in: int | None = None  # the block size of the training batch seen last
 
     def current_block_size(self) -> int | None:
         """Return the length of the blocks that the model was trained in last, which is what it can be evaluated in.
@@ -142,6 +141,9 @@ class MaskedDiffusion(GenerativeModule):
 class Canvas:
     """A masked diffusion model as an any-order sampler sees it: it looks at whole sequences, each on its own.
 
+    A model that knows more of the rows of a batch than is in xt defines ``select(rows)``, which returns the model for
+    these rows alone.
+
     Args:
         model: The model.
 
@@ -169,5 +171,6 @@ class Canvas:
         return predict_where(masked, states, head, self.model.mask_id, *wanted)
 
     def select(self, rows: Tensor) -> "Canvas":
-        """Return the model for these rows, (n,), of a batch alone: itself."""
-        return self
+        """Return the model for these rows, (n,), of a batch alone: itself, unless it says otherwise."""
+        select = getattr(self.model, "select", None)
+        return self if select is None else Canvas(select(rows))

@@ -5,20 +5,25 @@ from typing import TYPE_CHECKING
 import torch
 
 from puma_lightning.chain.student import AnySampler
+from puma_lightning.data.base import offer_of
+from puma_lightning.modules.eval_mode import eval_mode
 
 if TYPE_CHECKING:
     from puma_lightning.modules.generative import GenerativeModule
 
 
 def preflight(module: "GenerativeModule") -> None:
-    """Check the samplers, the shape of the logits, and the scores of all policies.
+    """Check what the DataModule offers, the samplers, the shape of the logits, and the scores of all policies.
 
     Raises:
-        ValueError: If a sampler is not one for this model, the logits have another shape than (B, L, V), or a policy
-            returns scores of another shape or NaN.
+        ValueError: If the DataModule offers something of a wrong type, a sampler is not one for this model, the logits
+            have another shape than (B, L, V), or a policy returns scores of another shape or NaN.
     """
-    from puma_lightning.modules.generative import eval_mode
-
+    offer, trainer = offer_of(module.trainer), module.trainer
+    # Looking is checking; the tokenizer's fingerprint was looked at for the weights.
+    _ = offer.eos_id, offer.decode, offer.picture
+    if len(trainer.num_val_batches) > 1:
+        offer.set_names("val", len(trainer.num_val_batches))
     samplers = samplers_of(module)
     for sampler in samplers:
         module.check_sampler(sampler)
@@ -28,7 +33,7 @@ def preflight(module: "GenerativeModule") -> None:
         chains = chains.map(lambda tensor: tensor[: chains.num_blocks])
     # The shape of a trial is not that of training, so nothing is compiled for it; but attention in blocks must be.
     stance = torch.compiler.set_stance("force_eager" if module.block_size is None else "default")
-    with torch.no_grad(), eval_mode(module), stance, module.trainer.precision_plugin.forward_context():
+    with torch.no_grad(), eval_mode(module), stance, trainer.precision_plugin.forward_context():
         logits = module.denoise(chains)
         expected = (*chains.xt.shape, module.vocab_size)
         if logits.shape != expected:

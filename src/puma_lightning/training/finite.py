@@ -32,12 +32,14 @@ class FiniteCheck:
         if loss.device.type == "cpu" or (every and (trainer.global_step + 1) % every == 0):
             self.stop_if_not(trainer)
 
-    def __bool__(self) -> bool:
+    @property
+    def all_finite(self) -> bool:
+        """Whether all losses so far were finite; the host waits for an accelerator to learn it."""
         return self._finite is None or bool(self._finite)
 
     def stop_if_not(self, trainer: pl.Trainer) -> None:
         """Stop all processes together: those that went on would wait for the others."""
-        finite = bool(self)
+        finite = self.all_finite
         if trainer.world_size > 1:
             finite = trainer.strategy.reduce_boolean_decision(finite)
         if not finite:

@@ -40,6 +40,8 @@ class StreamLoading:
         self._random_before = torch.get_rng_state()
         # The stream is resumable: its state is in the module's part of the checkpoint.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        # Lightning infers the right size: that of the clean sequences, which come first in the batch.
+        warnings.filterwarnings("ignore", message=".*infer the `batch_size` from an ambiguous collection.*")
         seed = derived_seed(shared_seed(trainer), self._fits) if self._fits else shared_seed(trainer)
         self._fits += 1
         wrap_train_loader(trainer, partial(self.build, module, seed))

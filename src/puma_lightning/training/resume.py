@@ -41,7 +41,7 @@ class ExactResume:
         state = {
             "stream": stream.snapshot(in_step),
             "gradients": self._accumulated(module, in_step),
-            "finite": bool(module.finite),
+            "finite": module.finite.all_finite,
         }
         states: list[Any] = [state]
         # An interrupted process may be the only one that failed and saves: the others would never answer.

@@ -180,16 +180,17 @@ def fit_vocabulary(weights: Weights, names: list[str], vocab_size: int) -> dict[
         surplus = len(old) - vocab_size
         if surplus > (MAX_PADDING if weights.padded else 0):
             raise ValueError(
-                f"{name} of {weights.origin} has rows for {len(old):,} tokens, this model's vocabulary has "
-                f"{vocab_size:,}; use the tokenizer these weights were trained with"
+                f"init_from: expected rows for the {vocab_size:,} tokens of this model's vocabulary, got {len(old):,} "
+                f"in {name} of {weights.origin}; use the tokenizer that these weights were trained with"
             )
         if surplus > 0:
             tensors[name] = old[:vocab_size]
             rank_zero_info(f"{name}: left out {surplus:,} rows that no token of the tokenizer uses")
         elif -surplus > MAX_PADDING:
             raise ValueError(
-                f"{name} of {weights.origin} has rows for {len(old):,} tokens, this model's vocabulary has "
-                f"{vocab_size:,}: more than a mask token or two; use the tokenizer these weights were trained with"
+                f"init_from: expected rows for the {vocab_size:,} tokens of this model's vocabulary, or a mask token "
+                f"fewer, got {len(old):,} in {name} of {weights.origin}; use the tokenizer that these weights were "
+                "trained with"
             )
         elif surplus < 0:
             mean = old.float().mean(0, keepdim=True).to(old.dtype)
@@ -215,11 +216,11 @@ def check_facts(own: dict[str, Any], saved: dict[str, Any], origin: str) -> None
             continue
         if name == "shifted" and not value:
             raise ValueError(
-                f"{origin} is no autoregressive model and predicts every position at that position; "
-                "start from it with shifted false, in MaskedDiffusion or BlockDiffusion"
+                f"shifted: expected false, as {origin} is no autoregressive model and predicts every position at that "
+                f"position, got {here}; start from it in MaskedDiffusion or BlockDiffusion with shifted false"
             )
         wanted = advice.get(name, "set the backbone's {name} to {saved}").format(name=name, saved=str(value).lower())
-        raise ValueError(f"{origin} has {name} = {value}, this model has {here}; {wanted}")
+        raise ValueError(f"{name}: expected {value}, as {origin} has, got {here} in this model; {wanted}")
 
 
 def check_weights(module: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
@@ -239,13 +240,14 @@ def check_weights(module: nn.Module, weights: dict[str, Tensor], origin: str) ->
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
-            f"{origin} does not fit this model: {', '.join(problems[:3])}{more}; use the settings it was trained with"
+            f"{origin}: expected weights of this model, got others: {', '.join(problems[:3])}{more}; use the settings "
+            "that they were trained with"
         )
     first: dict[int, str] = {}
     for name, parameter in own.items():
         twin = first.setdefault(id(parameter), name)
         if twin != name and not torch.equal(weights[twin], weights[name]):
             raise ValueError(
-                f"{origin} does not fit this model: {twin} and {name} are one weight here and two different ones "
-                "there; use the settings it was trained with (tie_embeddings)"
+                f"{origin}: expected weights of this model, got others: {twin} and {name} are one weight here and two "
+                "different ones there; use the settings that they were trained with (tie_embeddings)"
             )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -73,3 +74,14 @@ def test_another_process_defines_start_and_nothing_else():
     assert after.done.all()
     assert torch.equal(after.xt, chains.xt)
     assert process.num_stages_at(5) == 1
+
+
+def test_a_process_written_for_an_earlier_version_is_told_so():
+    """When its class is made: it would fail with an error of Python's in the first step."""
+    with pytest.raises(
+        ValueError, match=r"Old\.start: expected the arguments chains, generator, .* got x0, prompt_mask"
+    ):
+
+        class Old(ForwardProcess):
+            def start(self, x0, prompt_mask, stage, num_stages, mask_id, generator=None):
+                return x0

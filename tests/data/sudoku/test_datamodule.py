@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
 import puma_lightning.data.sudoku.cache as cache_module
-from puma_lightning.data.base import check_batch
+from puma_lightning.data.batch import check_batch
 from puma_lightning.data.sudoku import SudokuDataModule, SudokuDataset
 from puma_lightning.data.sudoku.board import ORDERS, equivalence_key, is_solved
 from puma_lightning.data.sudoku.cache import cached

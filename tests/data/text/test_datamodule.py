@@ -419,7 +419,7 @@ def test_the_code_of_a_subclass_is_described_the_same_in_every_process_and_by_al
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = """
-from puma_lightning.data.text import TextDataModule, _described
+from puma_lightning.data.text.datamodule import TextDataModule, _described
 
 class Mine(TextDataModule):
     PREFIX = "Q: "

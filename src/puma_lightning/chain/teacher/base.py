@@ -1,5 +1,6 @@
 """What a forward process is: it turns clean sequences x0 into partly masked ones xt, and moves them on."""
 
+import inspect
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -32,6 +33,19 @@ class ForwardProcess:
     """
 
     unmasking: Unmasking | None = None
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        for method, old, expected in (
+            (cls.start, "x0", "chains, generator"),
+            (cls.advance, "mask_id", "chains, predictions"),
+        ):
+            names = list(inspect.signature(method).parameters)
+            if old in names:
+                raise ValueError(
+                    f"{method.__qualname__}: expected the arguments {expected}, ..., got {', '.join(names[1:])}; "
+                    "write it for Chains, which hold all of these since version 0.2.0"
+                )
 
     def reads(self) -> Collection[Statistic] | None:
         """Name the statistics of the predictions that ``advance`` makes do with; None if it needs logits.
@@ -76,7 +90,8 @@ class ForwardProcess:
             generator: Source of all randomness, on the device of the chains.
 
         Returns:
-            The new chains. Those that are ``done`` leave the batch; every other must have a masked position.
+            The new chains. Those that are ``done`` are over, and every other must have a masked position. A sequence
+            leaves when all its chains are over.
         """
         return replace(chains, done=torch.ones_like(chains.done))
 

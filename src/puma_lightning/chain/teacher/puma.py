@@ -3,7 +3,7 @@
 Line by line, as the code goes through it, with s the stage of a chain, K the number of stages and A its answer length:
 
 1. Take a clean sequence and mask its answer. Reveal target(0) positions, uniformly chosen (``start``). In the first
-   batch of a run the stages are spread evenly over 0..K-1, and target(s) positions are revealed.
+   batches of a run the stages are spread evenly over 0..K-1, and target(s) positions are revealed.
 2. Run the model on xt, once: this gives the loss, and predictions for the policy (the module's ``training_step``).
 3. s <- s + 1. If s = K, the chain is over (``advance``, and all lines below).
 4. Otherwise draw target(s) = min(round(r A), A - 1) with r uniform in [s / K, (s + 1) / K).
