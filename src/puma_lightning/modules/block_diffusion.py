@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,27 +86,16 @@ class BlockDiffusion(MaskedDiffusion):
         Returns:
             Logits aligned with positions, (B, L, V); -inf for the mask token.
         """
-        size = block_size or self.current_block_size()
-        nothing_given = torch.zeros_like(x0, dtype=torch.bool)
-        chains = Chains.fully_masked(x0, nothing_given, self.mask_id, block_size=size)
-        states = self.aligned_states(replace(chains, xt=cut_blocks(xt, chains.x0.shape[1])))
+        states = _states(self, xt, x0, block_size or self.current_block_size() or xt.shape[1])
         logits = exclude_token(self.backbone.lm_head(states), self.mask_id)  # type: ignore[operator]
-        return join_blocks(logits, chains.num_blocks)
+        return logits.view(*xt.shape, -1)
 
     def denoise(self, chains: Chains) -> Tensor:
-        xt, x0 = join_blocks(chains.xt, chains.num_blocks), join_blocks(chains.x0, chains.num_blocks)
         size = chains.x0.shape[1]
-        return cut_blocks(self(xt, x0, size), size)
+        return cut_blocks(self(*_sequences(chains), size), size)
 
     def aligned_states(self, chains: Chains) -> Tensor:
-        xt, x0 = join_blocks(chains.xt, chains.num_blocks), join_blocks(chains.x0, chains.num_blocks)
-        length, size = xt.shape[1], chains.x0.shape[1]
-        # Nobody sees the last block of x0.
-        seen = length - size
-        hidden = self.backbone.hidden_states(xt, block_size=size, clean=x0[:, :seen])  # type: ignore[operator]
-        noisy, clean = hidden.split([length, seen], dim=1)
-        before = torch.cat([noisy[:, :1], clean[:, size - 1 :: size]], dim=1)
-        return align(cut_blocks(noisy, size), self.shifted, before.flatten(0, 1)[:, None])
+        return _states(self, *_sequences(chains), chains.x0.shape[1])
 
     def check_sampler(self, sampler: AnySampler) -> None:
         """Check that a sampler is one for block models, and that it can generate as far as it is asked to."""
@@ -188,6 +176,22 @@ class CachedBlocks:
         chosen.cache = self.cache.select(rows)
         chosen.before = None if self.before is None else self.before[rows]
         return chosen
+
+
+def _sequences(chains: Chains) -> tuple[Tensor, Tensor]:
+    """Return xt and x0 of whole sequences, (B, L) each."""
+    return join_blocks(chains.xt, chains.num_blocks), join_blocks(chains.x0, chains.num_blocks)
+
+
+def _states(model: BlockDiffusion, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
+    """Return hidden states aligned with positions, (B * L / S, S, D), of one pass over ``[xt ; x0]``."""
+    length = xt.shape[1]
+    # Nobody sees the last block of x0.
+    seen = length - block_size
+    hidden = model.backbone.hidden_states(xt, block_size=block_size, clean=x0[:, :seen])  # type: ignore[operator]
+    noisy, clean = hidden.split([length, seen], dim=1)
+    before = torch.cat([noisy[:, :1], clean[:, block_size - 1 :: block_size]], dim=1)
+    return align(cut_blocks(noisy, block_size), model.shifted, before.flatten(0, 1)[:, None])
 
 
 def _check_backbone(backbone: nn.Module) -> None:
