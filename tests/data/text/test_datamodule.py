@@ -372,7 +372,7 @@ def test_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"val_file": ["none.jsonl"]}, "val_file: "),
         ({"train_file": str(Path(__file__).parent)}, r"train_file: expected a file, .* give its files, for example"),
         ({"train_file": __file__}, "train_file: expected files of one format"),
-        ({"padding": "more"}, "padding: expected one of eos, first_eos, none, got 'more'"),
+        ({"padding": "more"}, "padding: expected one of eos, first_eos, none, got 'more'; choose one of these"),
         ({"text_unit": "word"}, "text_unit: expected one of"),
         ({"sequence_length": 1}, "sequence_length: expected at least 2, got 1"),
         ({"vocab_size": 100}, "vocab_size: "),

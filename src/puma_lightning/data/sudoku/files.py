@@ -185,7 +185,7 @@ def _read_npy(path: Path, order: int, limit: int | None) -> tuple[Grid, Grid, _L
     """Read rows of [k, 81 x (row, column, value, strategy)], the k givens first."""
     expected = f"rows of {_NPY_COLUMNS} integers (number of givens, 81 x (row, column, value, strategy))"
     if order != 9:
-        raise ValueError(f"{path}: .npy files hold boards of order 9, got order={order}; set order to 9")
+        raise ValueError(f"order: expected 9, which .npy files such as {path} hold, got {order}; set order to 9")
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:

@@ -118,7 +118,8 @@ class TextDataModule(pl.LightningDataModule):
         super().__init__()
         for argument, value, choices in (("padding", padding, Padding), ("text_unit", text_unit, TextUnit)):
             if value not in get_args(choices):
-                raise ValueError(f"{argument}: expected one of {', '.join(get_args(choices))}, got {value!r}")
+                expected = ", ".join(get_args(choices))
+                raise ValueError(f"{argument}: expected one of {expected}, got {value!r}; choose one of these")
         self.text_column = text_column
         self.text_unit = text_unit
         self.sequence_length = at_least("sequence_length", sequence_length, 2)

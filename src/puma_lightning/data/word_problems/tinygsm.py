@@ -173,5 +173,7 @@ def gold_answer(answer: object, where: str = "answer") -> str:
     text = str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
     number = parse_number(text.split("####")[-1].strip().removesuffix("."))
     if number is None:
-        raise ValueError(f"{where}: expected a number as the gold answer, or one after ####, got {text[-80:]!r}")
+        raise ValueError(
+            f"{where}: expected a number as the gold answer, or one after ####, got {text[-80:]!r}; correct the answer"
+        )
     return str(number)
