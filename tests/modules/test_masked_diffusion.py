@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from puma_lightning import UnmaskingTrajectory
 from puma_lightning.chain.student import Sampler
 from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking, RandomMasking
 from puma_lightning.models import TransformerBackbone
@@ -615,6 +616,23 @@ def test_what_a_data_module_offers_wrongly_is_refused_before_training():
     refused(
         model(), "val_names: expected a different name for each of 2 val loaders", Misnamed(), num_sanity_val_steps=0
     )
+
+
+def test_what_nobody_uses_is_not_looked_at():
+    """A DataModule may have a decode of its own that has nothing to do with ours."""
+
+    class Own(pl.LightningDataModule):
+        def train_dataloader(self):
+            return loader()
+
+        def decode(self, tokens):
+            return tokens
+
+    run = trainer(max_steps=1)
+    run.fit(model(), Own())
+    assert run.global_step == 1
+    sampled = UnmaskingTrajectory(num_examples=1)
+    refused(model(), "decode: expected a function", Own(), callbacks=[sampled])
 
 
 def test_a_module_may_refuse_more_than_we_do():
