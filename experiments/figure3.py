@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from puma_lightning import Confidence, MaskedDiffusion, Sample, Sampler, SudokuDataModule
-from puma_lightning.callbacks.drawing import draw_reveal_order
+from puma_lightning.callbacks.pictures import draw_reveal_order
 
 NUM_PUZZLES = 64
 SHOWN = 5  # models in the picture of orders

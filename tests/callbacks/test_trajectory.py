@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 
 from puma_lightning import MaskedDiffusion, RandomMasking, TransformerBackbone, UnmaskingTrajectory
-from puma_lightning.callbacks.drawing import draw_reveal_order
+from puma_lightning.callbacks.pictures import draw_reveal_order
 from puma_lightning.data.base import Picture
 from puma_lightning.data.sudoku.layout import picture_of
 

@@ -11,8 +11,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from puma_lightning.callbacks.drawing import draw_chains
-from puma_lightning.callbacks.pictures import save_picture
+from puma_lightning.callbacks.pictures import draw_chains, save_picture
 from puma_lightning.chain.blocks import cut_blocks
 from puma_lightning.chain.chains import Chains
 from puma_lightning.chain.step import Unmasking

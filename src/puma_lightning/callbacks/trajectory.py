@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
 
-from puma_lightning.callbacks.drawing import draw_reveal_order
-from puma_lightning.callbacks.pictures import save_picture
+from puma_lightning.callbacks.pictures import draw_reveal_order, save_picture
 from puma_lightning.chain.student import AnySampler
 from puma_lightning.data.base import Picture, offer_of
 from puma_lightning.modules.generative import GenerativeModule
