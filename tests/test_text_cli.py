@@ -116,7 +116,7 @@ def whole(value):
 
 def write_config(name, changes=()):
     """A config of the words, but 2 steps, validated and saved after both; `changes` are pairs of old and new text."""
-    text = yaml.safe_dump(whole(f"{name}.yaml"))
+    text = yaml.safe_dump(whole(f"{name}.yaml"), default_flow_style=None, width=1000)
     replaced = [("max_steps: 1200", "max_steps: 2"), ("val_check_interval: 300", "val_check_interval: 2")]
     for old, new in [*replaced, ("every_n_train_steps: 100", "every_n_train_steps: 2"), *changes]:
         assert old in text
