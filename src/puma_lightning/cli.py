@@ -16,8 +16,8 @@ import puma_lightning
 from puma_lightning.callbacks import GenerationEvaluation, PredictionWriter, StepProgressBar, UnmaskingTrajectory
 from puma_lightning.data.base import DataOffer
 from puma_lightning.modules.base import StreamedModule
+from puma_lightning.training.checkpoints import load_checkpoint
 from puma_lightning.training.lightning_internals import ConfigWinsCLI
-from puma_lightning.training.weights import load_checkpoint
 
 # Lightning's own command line calls these; its users can do nothing about it.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

@@ -23,8 +23,8 @@ from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking, R
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import BlockDiffusion, MaskedDiffusion, generative
 from puma_lightning.modules.generative import GenerativeModule
+from puma_lightning.training.checkpoints import load_checkpoint
 from puma_lightning.training.optim import WarmupCosine
-from puma_lightning.training.weights import load_checkpoint
 
 V = 6
 MASK = V - 1

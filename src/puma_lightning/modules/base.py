@@ -11,8 +11,15 @@ from torch.optim import Optimizer
 
 from puma_lightning.chain.stages import StepSchedule
 from puma_lightning.chain.teacher import ForwardProcess
-from puma_lightning.training.finite import FiniteCheck
-from puma_lightning.training.lightning_internals import count_step_once, is_made_by_command_line, trainer_of
+from puma_lightning.training.checkpoints import use_safe_files
+from puma_lightning.training.finite import FiniteCheck, check_finite_weights
+from puma_lightning.training.lightning_internals import (
+    count_step_once,
+    is_made_by_command_line,
+    keep_double_precision,
+    set_accumulation,
+    trainer_of,
+)
 from puma_lightning.training.loading import StreamLoading
 from puma_lightning.training.optim import Optimization, clip_unscaled
 from puma_lightning.training.resume import ExactResume
@@ -88,7 +95,9 @@ class StreamedModule(pl.LightningModule):
     # Data ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Put the stream between Lightning and the user's train loader."""
+        """Make checkpoints safe; put the stream between Lightning and the user's train loader."""
+        use_safe_files(self.trainer)
+        keep_double_precision(self.trainer, self)
         if stage == "fit":
             self.loading.begin(self)
 
@@ -100,8 +109,13 @@ class StreamedModule(pl.LightningModule):
     # Weights ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Start from the weights of ``init_from``, unless there are others already."""
+        """Start from the weights of ``init_from``, unless there are others already.
+
+        Raises:
+            ValueError: If weights are not finite: what they learn or say would mean nothing.
+        """
         self.starting_weights.load_once(self)
+        check_finite_weights(self, self.trainer)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
@@ -123,6 +137,7 @@ class StreamedModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Begin where the checkpoint was saved, if the run is resumed."""
         self.finite.reset()
+        set_accumulation(self.trainer)
         # Only now: Lightning clears all gradients while it sets up.
         self.resume.restore_gradients(self)
 
@@ -136,8 +151,9 @@ class StreamedModule(pl.LightningModule):
         self.resume.note_backward(self.stream)
 
     def on_train_end(self) -> None:
-        """Look at the losses since the last look."""
+        """Look at the losses since the last look, and at what they led to."""
         self.finite.stop_if_not(self.trainer)
+        check_finite_weights(self, self.trainer)
 
     # Checkpoints --------------------------------------------------------------------------------------------
 
@@ -169,6 +185,7 @@ class StreamedModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the Trainer says."""
+        """Clip as the Trainer says; the optimizer's step comes next."""
+        self.resume.note_optimizer_step(self.stream)
         if not clip_unscaled(self.trainer, optimizer, gradient_clip_val, gradient_clip_algorithm):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)

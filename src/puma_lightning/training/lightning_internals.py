@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 
 
@@ -55,6 +57,30 @@ def count_step_once(trainer: pl.Trainer) -> None:
     """
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     total.ready, total.started = total.completed + 1, total.completed
+
+
+def set_accumulation(trainer: pl.Trainer) -> None:
+    """Set the accumulation of the present epoch, at the start of a run.
+
+    Lightning's scheduler sets it when an epoch starts, and so not if a run is resumed within one.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+
+
+def keep_double_precision(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Give a module and its average the precision of ``64-true`` before a checkpoint is loaded into them.
+
+    Lightning does so after that, when float32 has rounded what was loaded, and never to the average, which then rounds
+    the weights in every evaluation.
+    """
+    if not isinstance(trainer.precision_plugin, DoublePrecision):
+        return
+    module.double()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            callback._average_model.double()
 
 
 class ConfigWinsCLI(LightningCLI):

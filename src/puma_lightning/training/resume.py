@@ -6,10 +6,11 @@ import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 
-from puma_lightning.training.finite import refuse_non_finite
+from puma_lightning.training.checkpoints import CHECKPOINT_KEY, latest_checkpoint
+from puma_lightning.training.finite import first_non_finite_in, refuse_non_finite
 from puma_lightning.training.lightning_internals import is_in_accumulation_window, is_in_step
 from puma_lightning.training.stream import Stream
-from puma_lightning.training.weights import CHECKPOINT_KEY, facts_of
+from puma_lightning.training.weights import facts_of
 
 if TYPE_CHECKING:
     from puma_lightning.modules.base import StreamedModule
@@ -23,38 +24,65 @@ class ExactResume:
 
     def __init__(self) -> None:
         self._waiting: list[dict[str, Any]] | None = None  # what the checkpoint holds, by rank
-        self._backward_at = -1
+        self._backward_at = self._optimizer_at = -1
 
     def note_backward(self, stream: Stream) -> None:
         """Remember whose gradients there are from here on, for checkpoints saved before the step ends."""
         self._backward_at = stream.step
 
+    def note_optimizer_step(self, stream: Stream) -> None:
+        """Remember in which step the weights change from here on."""
+        self._optimizer_at = stream.step
+
     def save(self, module: "StreamedModule", checkpoint: dict[str, Any]) -> None:
         """Add to a checkpoint what every rank holds. To be called on all ranks.
 
+        After an exception the state may be one that no run can go on from exactly: another process may be elsewhere,
+        or the optimizer in the middle of its step. Then the checkpoint is written only if the run has no other one.
+
         Raises:
-            ValueError: If a loss was not finite: such a checkpoint must not be written.
+            ValueError: If a loss, a weight or a moment is not finite: such a checkpoint must not be written.
         """
         trainer, stream = module.trainer, module.stream
         # A resumed run that has not begun yet still has the numbers of a step that was not finished.
         in_step = is_in_step(trainer) and stream.yielded is not None
+        interrupted = trainer.state.status == "interrupted"
+        not_finite = None if module.finite.all_finite else "loss"
+        not_finite = not_finite or first_non_finite_in(checkpoint, module)
         state = {
             "stream": stream.snapshot(in_step),
             "gradients": self._accumulated(module, in_step),
-            "finite": module.finite.all_finite,
+            "finite": not_finite is None,
         }
         states: list[Any] = [state]
-        # An interrupted process may be the only one that failed and saves: the others would never answer.
-        alone = trainer.state.status == "interrupted"
-        if trainer.world_size > 1 and not alone:
+        if trainer.world_size > 1 and not interrupted:
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, state)
-        if not all(each["finite"] for each in states):
-            refuse_non_finite(trainer)
-        if trainer.world_size > 1 and alone:
-            rank_zero_warn("saved after an exception: the chains of other processes are not in this checkpoint")
-            states = []
-        checkpoint[CHECKPOINT_KEY] = {"world_size": trainer.world_size, "ranks": states, "facts": facts_of(module)}
+        if not interrupted and not all(each["finite"] for each in states):
+            refuse_non_finite(trainer, not_finite or "loss of another process")
+        problem = self._what_is_inexact(module, in_step) if interrupted else None
+        if interrupted and not_finite:
+            problem = f"{not_finite} is not finite"
+        kept = {"world_size": trainer.world_size, "ranks": states, "facts": facts_of(module)}
+        if interrupted and trainer.world_size > 1:
+            kept["ranks"] = []  # one process knows its own chains alone
+        if problem:
+            better = latest_checkpoint(trainer)
+            if not_finite or better is not None:
+                kept["not_to_be_written"] = f"{problem}; go on from {better or 'the start: there is no other yet'}"
+            else:
+                rank_zero_warn(f"saved after an exception: {problem}, and a resumed run will differ")
+        checkpoint[CHECKPOINT_KEY] = kept
+
+    def _what_is_inexact(self, module: "StreamedModule", in_step: bool) -> str | None:
+        """Say why a run could not go on exactly from where an exception stopped it; None if it could."""
+        if module.trainer.world_size > 1:
+            return "an exception stopped one process, and where the others are is not known"
+        if in_step and self._optimizer_at == module.stream.step:
+            return "the exception fell into the optimizer's step, when some weights had changed"
+        if in_step and self._backward_at == module.stream.step and is_in_accumulation_window(module.trainer, in_step):
+            return "the exception fell between a backward pass and the end of its accumulation window"
+        return None
 
     def _accumulated(self, module: "StreamedModule", in_step: bool) -> dict[str, Tensor] | None:
         """Return the gradients of an accumulation window that a checkpoint falls into."""
@@ -64,10 +92,11 @@ class ExactResume:
         if not is_in_accumulation_window(module.trainer, in_step):
             return None
         if in_step and self._backward_at == module.stream.step:
-            rank_zero_warn(
-                "saved between a backward pass and the end of its step: the gradients of this accumulation window are "
-                "not in the checkpoint, and a resumed run will differ"
-            )
+            if module.trainer.state.status != "interrupted":  # ``save`` says so then, or does not save
+                rank_zero_warn(
+                    "saved between a backward pass and the end of its step: the gradients of this accumulation window "
+                    "are not in the checkpoint, and a resumed run will differ"
+                )
             return None
         return {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
 

@@ -3,21 +3,20 @@
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import is_zipfile
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from puma_lightning.data.base import offer_of
 from puma_lightning.models.qwen2 import read_qwen2
+from puma_lightning.training.checkpoints import CHECKPOINT_KEY, load_checkpoint
+from puma_lightning.training.finite import first_non_finite_in
 from puma_lightning.training.lightning_internals import trainer_of
 
 if TYPE_CHECKING:
     from puma_lightning.modules.base import StreamedModule
 
-CHECKPOINT_KEY = "puma_lightning"
 # A model's vocabulary is often padded to a round number; more than this is another tokenizer's.
 MAX_PADDING = 1024
 
@@ -63,6 +62,7 @@ def load_weights(module: "StreamedModule", path: str) -> None:
     per_token = [f"backbone.{name}" for name in getattr(module.backbone, "weights_per_token", [])]
     tensors = fit_vocabulary(weights, per_token, module.vocab_size)
     check_weights(module, tensors, path)
+    check_numbers(module, {"state_dict": tensors}, path)
     module.load_state_dict(tensors)
     rank_zero_info(f"Starting from the weights of {path}")
 
@@ -80,7 +80,7 @@ def check_checkpoint(module: "StreamedModule", checkpoint: dict[str, Any]) -> No
     """Check that a checkpoint is of such a module.
 
     Raises:
-        ValueError: If its weights do not fit, or mean something else.
+        ValueError: If its weights do not fit, mean something else, or are not finite.
     """
     if ("block_size" in checkpoint) != (module.block_size is not None):
         kinds = ["a model without blocks", "a block model"]
@@ -92,38 +92,20 @@ def check_checkpoint(module: "StreamedModule", checkpoint: dict[str, Any]) -> No
     if module.strict_loading:
         check_weights(module, checkpoint.get("state_dict", {}), "the checkpoint")
         check_facts(facts_of(module), checkpoint.get(CHECKPOINT_KEY, {}).get("facts", {}), "the checkpoint")
+    check_numbers(module, checkpoint, "the checkpoint")
 
 
-def latest_checkpoint(trainer: pl.Trainer) -> Path | None:
-    """Return the checkpoint written last in this run, by any ModelCheckpoint."""
-    paths = [
-        Path(path)
-        for callback in trainer.checkpoint_callbacks
-        for path in (getattr(callback, "last_model_path", ""), getattr(callback, "best_model_path", ""))
-        if path and Path(path).is_file()
-    ]
-    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint on the CPU, without running any code in it.
+def check_numbers(module: "StreamedModule", checkpoint: dict[str, Any], origin: str) -> None:
+    """Check that weights, their averages and the moments of their gradients are numbers.
 
     Raises:
-        ValueError: If the file is missing, truncated or not a Lightning checkpoint.
+        ValueError: If not: nothing can be learned, or said, from there.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"ckpt_path: expected a checkpoint, found no file at {path}; check the path")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        whole = is_zipfile(path)
-        cause = "damaged, or holds more than tensors and plain types" if whole else "truncated, or no checkpoint at all"
+    if name := first_non_finite_in(checkpoint, module):
         raise ValueError(
-            f"{path}: expected a checkpoint, got a file that cannot be read as one: it is {cause}\n({error})"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path}: expected a Lightning checkpoint, got a file without a state_dict; check the path")
-    return checkpoint
+            f"{origin}: expected numbers, got NaN or infinity in {name}; take an earlier checkpoint, and a lower "
+            "learning rate or gradient clipping"
+        )
 
 
 @dataclass(frozen=True)
