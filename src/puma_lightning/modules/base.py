@@ -1,6 +1,7 @@
 """The LightningModule under all models here: it holds the objects of ``training/`` and lends them Lightning's hooks."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -11,9 +12,10 @@ from torch.optim import Optimizer
 
 from puma_lightning.chain.stages import StepSchedule
 from puma_lightning.chain.teacher import ForwardProcess
-from puma_lightning.training.checkpoints import use_safe_files
+from puma_lightning.training.checkpoints import check_sums, make_saving_safe
 from puma_lightning.training.finite import FiniteCheck, check_finite_weights
 from puma_lightning.training.lightning_internals import (
+    correct_place,
     count_step_once,
     is_made_by_command_line,
     keep_double_precision,
@@ -96,7 +98,7 @@ class StreamedModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Make checkpoints safe; put the stream between Lightning and the user's train loader."""
-        use_safe_files(self.trainer)
+        make_saving_safe(self.trainer)
         keep_double_precision(self.trainer, self)
         if stage == "fit":
             self.loading.begin(self)
@@ -119,6 +121,17 @@ class StreamedModule(pl.LightningModule):
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Make a module with the settings and weights of a checkpoint, whose checksums are looked at first.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        if isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
+            check_sums(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights; whatever they are, those of ``init_from`` do not replace them."""
         self.starting_weights.loaded = True
@@ -138,6 +151,7 @@ class StreamedModule(pl.LightningModule):
         """Begin where the checkpoint was saved, if the run is resumed."""
         self.finite.reset()
         set_accumulation(self.trainer)
+        correct_place(self.trainer)
         # Only now: Lightning clears all gradients while it sets up.
         self.resume.restore_gradients(self)
 

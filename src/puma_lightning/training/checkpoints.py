@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities import rank_zero_warn
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from tqdm import tqdm
 
 from puma_lightning.files import clear_unfinished, replacing
@@ -38,8 +39,8 @@ class CheckpointFiles(TorchCheckpointIO):
             rank_zero_warn(f"no checkpoint saved at {path}: {problem}")
             return
         try:
-            with replacing(Path(path)) as temporary:
-                torch.save(checkpoint, temporary)
+            with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
             earlier = "what was there before is whole" if Path(path).exists() else "nothing was there before"
             raise OSError(
@@ -76,10 +77,28 @@ def _reason(error: BaseException) -> str:
     return str(error).splitlines()[0]
 
 
-def use_safe_files(trainer: pl.Trainer) -> None:
-    """Have a Trainer read and write checkpoints by ``CheckpointFiles``, unless the user has chosen something else."""
+def make_saving_safe(trainer: pl.Trainer) -> None:
+    """Have a Trainer read and write checkpoints by ``CheckpointFiles``, unless the user has chosen something else.
+
+    With several processes nothing is saved on an exception: it stops one of them, which would wait for the others for
+    ever, and could not save where they are.
+
+    Raises:
+        ValueError: If there is a callback for that alone.
+    """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = CheckpointFiles()
+    if trainer.world_size == 1:
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, OnExceptionCheckpoint):
+            raise ValueError(
+                f"callbacks: expected no OnExceptionCheckpoint with {trainer.world_size} processes, as an exception "
+                "stops one of them and the others cannot be saved; save every n steps with ModelCheckpoint instead"
+            )
+        if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
+            callback.save_on_exception = False
+            rank_zero_warn("save_on_exception: without effect with several processes; the last checkpoint is kept")
 
 
 def check_sums(path: str | Path) -> None:

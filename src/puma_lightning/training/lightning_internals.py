@@ -10,6 +10,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.loops.evaluation_loop import RestartStage as EvaluationStage
+from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
+from lightning.pytorch.loops.training_epoch_loop import RestartStage as TrainingStage
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 
@@ -67,6 +70,34 @@ def set_accumulation(trainer: pl.Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+
+
+def correct_place(trainer: pl.Trainer) -> None:
+    """Put a resumed run where its checkpoint was saved, at the end of a batch or of an epoch.
+
+    After a batch Lightning skips the validation that was due. Of an epoch that begins right after a resume it keeps no
+    count, so that after a second resume within that epoch it trains longer than it should. And after the very end of an
+    epoch it goes on in that epoch.
+    """
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    if not epoch.restarted_on_train_batch_end:
+        epochs: Any = fit.epoch_progress.total
+        if epochs.ready == epochs.completed and epoch.batch_progress.current.ready >= trainer.num_training_batches:
+            epoch.restarting = False  # so that the next epoch begins at its first batch
+        return
+    was_last = fit.restarted_mid_epoch and epoch.batch_progress.is_last_batch
+    if epoch._should_check_val_fx(fit._data_fetcher):  # type: ignore[arg-type]
+        if was_last:
+            # Lightning has just counted the epoch as done.
+            progress: Any
+            for progress in (fit.epoch_progress.total, fit.epoch_progress.current):
+                progress.processed, progress.completed = progress.processed - 1, progress.completed - 1
+        epoch.batch_progress.increment_completed()
+        epoch._restart_stage = TrainingStage.RESTARTED_ON_LAST
+        epoch.val_loop._restart_stage = EvaluationStage.RESTARTED_MID_EVALUATION
+        epoch.val_loop.batch_progress.current.reset()
+    elif was_last:
+        fit._restart_stage = FitStage.NONE
 
 
 def keep_double_precision(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -1,0 +1,228 @@
+"""A trial: a run left alone, and the same run killed at random and resumed, whose every number must be the same."""
+
+import faulthandler
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.soak.configs import Config
+from tests.soak.run import train
+
+GRACE = 10.0  # seconds within which a run that is asked to end must have ended
+LIMIT = 60.0  # seconds after which a run that nobody disturbed is said to hang
+ENDS = ("chains 0", "end 0")
+ASKED = {signal.SIGTERM: 143, signal.SIGINT: 130}  # what a run exits with that ended as it was asked to
+
+
+@dataclass
+class Trial:
+    """What became of a run.
+
+    Attributes:
+        config: What ran.
+        kills: Which way it was stopped each time, and what came of it.
+        wrong: What should not have been, in words; empty if all was right.
+    """
+
+    config: Config
+    kills: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
+
+
+class Run:
+    """A run in processes of its own, forked from this one, which has imported everything."""
+
+    def __init__(self, config: Config, folder: Path, shared: Path, ckpt: Path | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.living = {}
+        self.codes: dict[int, int] = {}
+        for rank in range(config["processes"]):
+            pid = os.fork()
+            if not pid:
+                _child(config, folder, shared, ckpt, rank, port)
+            self.living[rank] = pid
+
+    def poll(self) -> bool:
+        """Return whether all processes have ended."""
+        for rank, pid in list(self.living.items()):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                self.codes[rank] = os.waitstatus_to_exitcode(status)
+                del self.living[rank]
+        return not self.living
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the end, and return whether it came in time."""
+        end = time.monotonic() + seconds
+        while not self.poll():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.005)
+        return True
+
+    def send(self, number: int, ranks: list[int] | None = None) -> None:
+        """Send a signal to some processes, or to all."""
+        for rank, pid in self.living.items():
+            if ranks is None or rank in ranks:
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        """End what is left, and have it say where it was."""
+        self.send(signal.SIGUSR2)
+        time.sleep(0.5)
+        self.send(signal.SIGKILL)
+        self.wait(GRACE)
+
+
+def _child(config: Config, folder: Path, shared: Path, ckpt: Path | None, rank: int, port: int) -> None:
+    code = 1
+    try:
+        log = os.open(folder / f"output.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # where a run hangs, for its output
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if config["processes"] > 1:
+            os.environ |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "LOCAL_RANK": str(rank),
+                "NODE_RANK": "0",
+                "WORLD_SIZE": str(config["processes"]),
+            }
+        train(config, folder, shared, ckpt, rank)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def trial(config: Config, rng: random.Random, folder: Path, shared: Path, max_kills: int = 3) -> Trial:
+    """Run a config twice, once left alone and once killed, and compare."""
+    result = Trial(config)
+    begun = time.monotonic()
+    alone = Run(config, folder / "alone", shared, None)
+    if not alone.wait(LIMIT) or any(alone.codes.values()):
+        alone.kill()
+        result.wrong.append(f"left alone it ended with {alone.codes}")
+        return result
+    duration = time.monotonic() - begun
+    for kills_left in range(rng.randint(1, max_kills), -1, -1):
+        ckpt = _checkpoint(folder / "killed", rng)
+        run = Run(config, folder / "killed", shared, ckpt)
+        if kills_left:
+            _disturb(run, rng, duration, result)
+        elif not run.wait(LIMIT):
+            result.wrong.append("the last resume hung")
+            run.kill()
+        done = run.codes and not any(run.codes.values())
+        if done or (not kills_left):
+            if not done:
+                result.wrong.append(f"the last resume, from {ckpt}, ended with {run.codes}")
+            break
+    result.unlike = _compare(folder / "alone", folder / "killed", config["processes"])
+    return result
+
+
+def _disturb(run: Run, rng: random.Random, duration: float, result: Trial) -> None:
+    """Stop a run at a random moment in one of many ways."""
+    ranks = list(run.living)
+    ways = ["kill", "kill", "kill in a save", "term", "term", "interrupt"]
+    if len(ranks) > 1:
+        ways += ["kill one", "term one", "interrupt one"]
+    way = rng.choice(ways)
+    if way == "kill in a save":
+        folders = [run.folder / "checkpoints", run.folder / "best"]
+        saves = rng.randint(1, 4)
+        seen: set[str] = set()
+        end = time.monotonic() + 3 * duration
+        while not run.poll() and time.monotonic() < end:
+            seen |= {name for part in folders if part.is_dir() for name in os.listdir(part) if name.endswith(".part")}
+            if len(seen) >= saves:
+                break
+    else:
+        run.wait(rng.uniform(0, duration))
+    if run.poll():
+        result.kills.append(f"{way}: too late")
+        return
+    number = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "inte": signal.SIGINT}[way[:4]]
+    whom = [rng.choice(ranks)] if way.endswith("one") else None
+    begun = time.monotonic()
+    run.send(number, whom)
+    in_time = run.wait(GRACE)
+    said = f"{way}: {time.monotonic() - begun:.1f} s, {run.codes}"
+    result.kills.append(said)
+    if not in_time and way == "kill one":
+        run.kill()  # as whatever starts the processes of a run does when one of them is gone
+    elif not in_time:
+        result.wrong.append(f"not ended after {GRACE:.0f} s: {said}, of {len(ranks)}")
+        run.kill()
+    elif number in ASKED and any(code not in (0, ASKED[number]) for code in run.codes.values()):
+        result.wrong.append(f"exit code: {said}")
+
+
+def _checkpoint(folder: Path, rng: random.Random) -> Path | None:
+    """Return what to go on from: the last checkpoint as a rule, sometimes another one."""
+    last = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    others = [*(folder / "checkpoints").glob("step*.ckpt"), *(folder / "best").glob("*.ckpt")]
+    if others and (not last or rng.random() < 0.2):
+        return rng.choice(sorted(others))
+    return last[-1] if last else None
+
+
+def _lines(path: Path) -> dict[str, list[dict]]:
+    lines: dict[str, list[dict]] = {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the line that a kill cut short
+        lines.setdefault(f"{line['kind']} {line['at']}", []).append(line)
+    return lines
+
+
+def _last_batch(lines: dict[str, list[dict]]) -> str:
+    """Return the key of the last batch."""
+    return max((key for key in lines if key.startswith("batch ")), key=lambda key: lines[key][0]["at"])
+
+
+def _compare(alone: Path, killed: Path, processes: int) -> list[str]:
+    """Say what a killed run computed otherwise, or left out."""
+    unlike = []
+    for rank in range(processes):
+        expected = _lines(alone / f"records.{rank}.jsonl")
+        found = _lines(killed / f"records.{rank}.jsonl")
+        if _last_batch(expected) in found:  # a run that is resumed when it is over does not say again what it led to
+            expected = {key: lines for key, lines in expected.items() if key in found or key not in ENDS}
+        unlike += [f"rank {rank}: {key} is missing" for key in expected if key not in found]
+        unlike += [f"rank {rank}: {key} is new" for key in found if key not in expected]
+        for key, lines in found.items():
+            unlike += [
+                f"rank {rank}: {key}: {line} instead of {expected[key][0]}"
+                for line in lines
+                if key in expected and line != expected[key][0]
+            ]
+    return unlike
+
+
+def clean(folder: Path) -> None:
+    """Delete what a trial left."""
+    shutil.rmtree(folder, ignore_errors=True)
