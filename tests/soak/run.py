@@ -185,6 +185,8 @@ class Record(pl.Callback):
         self._write(kind="validation", at=trainer.fit_loop.epoch_loop.total_batch_idx, metrics=metrics)
 
     def on_train_end(self, trainer, pl_module) -> None:
+        if not self._batches:
+            return  # the look at the first batch of a run that was over has filled it
         stream = pl_module.stream
         chains = digest(*(tensor for group in stream.groups if group for tensor in group.tensors().values()))
         self._write(kind="chains", at=0, chains=chains, steps=[stream.step, stream.sequences.position])

@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -93,7 +93,7 @@ def run(
     save_at: tuple[int, ...] = (),
     ema: bool = False,
     batch_size: int = 4,
-    accumulate: int = 2,
+    accumulate: int | dict[int, int] = 2,
     workers: int = 0,
     seed: int = 3,
     size: int = 51,
@@ -103,6 +103,7 @@ def run(
     callbacks: tuple[pl.Callback, ...] = (),
     backbone: nn.Module | None = None,
     block_size: Any = None,
+    total_steps: int | None = None,
     **options: Any,
 ) -> tuple[Record, dict[str, Tensor], pl.Trainer]:
     """Train; 12 micro-batches an epoch, 20 optimizer steps in all."""
@@ -118,15 +119,17 @@ def run(
         MASK,
         forward_process=process or ProgressiveUnmasking(3),
         optimizer=partial(torch.optim.AdamW, lr=0.02),
-        scheduler=partial(WarmupCosine, warmup_steps=3),
+        scheduler=partial(WarmupCosine, warmup_steps=3, total_steps=total_steps),
         init_from=init_from,
     )
+    if isinstance(accumulate, dict):
+        callbacks = (*callbacks, GradientAccumulationScheduler(dict(accumulate)))
     average = [EMAWeightAveraging(use_buffers=False, decay=0.8)] if ema else []
     trainer = pl.Trainer(
         **{
             "accelerator": "cpu",
             "max_steps": 20,
-            "accumulate_grad_batches": accumulate,
+            "accumulate_grad_batches": 1 if isinstance(accumulate, dict) else accumulate,
             "logger": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
@@ -168,6 +171,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "accumulation 3": {"accumulate": 3, "ema": True, "process": ProgressiveUnmasking(3, threshold=0.5)},
     "validation inside": {"val_check_interval": 4, "ema": True},
     "half precision": {"precision": "bf16-mixed"},
+    "double precision": {"precision": "64-true", "ema": True, "val_check_interval": 4},
+    "accumulation by epoch": {"accumulate": {0: 1, 1: 3}},
     "blocks": {"block_size": 5, "process": ProgressiveUnmasking(3, threshold=0.5)},
     "curriculum": {
         "block_size": [(0, 2), (7, 5), (13, 10)],
@@ -181,7 +186,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, options):
     """After the first batch, mid-epoch, mid-accumulation, at an epoch's end, beside validation, after a K switch."""
     # 12 micro-batches an epoch: 11 is the last of the first. 3 and 7 precede a validation inside the epoch.
-    last = 20 * options.get("accumulate", 2) - 1
+    accumulate = options.get("accumulate", 2)
+    last = 35 if isinstance(accumulate, dict) else 20 * accumulate - 1
     points = (4, 11) if options.get("workers") else (0, 3, 4, 7, 10, 11, 12, 15, last - 3)
     full = run(tmp_path, save_at=points, **options)
     stop_workers(full[2])
@@ -228,6 +234,26 @@ def test_a_resumed_run_can_be_resumed_and_prolonged(tmp_path):
     assert_goes_on(full, first, 5)
     assert_goes_on(full, run(tmp_path, tmp_path / "batch19.ckpt", **options), 19)
     assert run(tmp_path, tmp_path / "batch19.ckpt", max_steps=23)[2].global_step == 23
+
+
+@pytest.mark.parametrize("last_of_first", [11, 23])
+def test_a_run_counted_in_epochs_can_be_stopped_after_each(tmp_path, last_of_first):
+    """From the last batch of an epoch, and again from within the next: no epoch is counted twice, or not at all."""
+    options = {"max_steps": -1, "max_epochs": 3, "val_check_interval": None, "limit_val_batches": 0}
+    full = run(tmp_path, **options)
+    again = last_of_first + 4
+    run(tmp_path, save_at=(last_of_first,), **options)
+    first = run(tmp_path, tmp_path / f"batch{last_of_first}.ckpt", save_at=(again,), **options)
+    assert_goes_on(full, first, last_of_first)
+    assert_goes_on(full, run(tmp_path, tmp_path / f"batch{again}.ckpt", **options), again)
+
+
+def test_a_checkpoint_from_between_two_epochs_goes_on_with_the_next(tmp_path):
+    """As a run that has ended does when more steps are asked for."""
+    full = run(tmp_path, total_steps=20)
+    _, _, trainer = run(tmp_path, max_steps=6, total_steps=20)  # an epoch
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert_goes_on(full, run(tmp_path, tmp_path / "end.ckpt", total_steps=20), 11, validated=True)
 
 
 def test_a_checkpoint_is_tensors_and_plain_types(tmp_path):
