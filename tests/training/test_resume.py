@@ -251,9 +251,11 @@ def test_a_run_counted_in_epochs_can_be_stopped_after_each(tmp_path, last_of_fir
 def test_a_checkpoint_from_between_two_epochs_goes_on_with_the_next(tmp_path):
     """As a run that has ended does when more steps are asked for."""
     full = run(tmp_path, total_steps=20)
-    _, _, trainer = run(tmp_path, max_steps=6, total_steps=20)  # an epoch
+    _, _, trainer = run(tmp_path, max_epochs=1, total_steps=20)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    assert_goes_on(full, run(tmp_path, tmp_path / "end.ckpt", total_steps=20), 11, validated=True)
+    resumed = run(tmp_path, tmp_path / "end.ckpt", total_steps=20, num_sanity_val_steps=0)
+    assert_goes_on(full, resumed, 11, validated=True)
+    assert resumed[2].current_epoch == full[2].current_epoch
 
 
 def test_a_checkpoint_is_tensors_and_plain_types(tmp_path):
