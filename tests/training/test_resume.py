@@ -273,13 +273,11 @@ def test_a_checkpoint_is_tensors_and_plain_types(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 3}, "batch_size: expected 4.* got 3.*init_from"),
-        ({"accumulate": 3}, "accumulate_grad_batches: expected 2.* got 3.*init_from"),
         ({"size": 50}, "training sequences: expected 51.* got 50.*init_from"),
         ({"length": 9}, "sequence length: expected 10.* got 9.*init_from"),
         ({"backbone": Backbone(width=16)}, r"embed.weight is \(6, 12\) instead of \(6, 16\)"),
     ],
-    ids=["batch size", "accumulation", "data", "length", "model"],
+    ids=["data", "length", "model"],
 )
 def test_resuming_another_run_is_refused(tmp_path, options, message):
     """The error says what was, what is, and what to do instead."""
@@ -288,14 +286,31 @@ def test_resuming_another_run_is_refused(tmp_path, options, message):
         run(tmp_path, tmp_path / "batch3.ckpt", **options)
 
 
-def test_resuming_with_another_number_of_processes_is_refused(tmp_path):
-    """Both numbers are named, and init_from."""
-    run(tmp_path, save_at=(3,), max_steps=2)
-    checkpoint = torch.load(tmp_path / "batch3.ckpt", weights_only=True)
-    checkpoint["puma_lightning"]["world_size"] = 4
-    torch.save(checkpoint, tmp_path / "four.ckpt")
-    with pytest.raises(ValueError, match=r"expected 4 process.* got 1.*init_from"):
-        run(tmp_path, tmp_path / "four.ckpt")
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 3}, {"batch_size": 6}, {"accumulate": 1}, {"accumulate": 3}], ids=str
+)
+def test_a_run_goes_on_with_another_batch_size_or_accumulation(tmp_path, options):
+    """It says so, takes every other sequence of the pass once, and ends its epoch where the data end."""
+    full = run(tmp_path, save_at=(7,), max_steps=-1, max_epochs=1)
+    before = {tuple(row) for index in range(8) for row in full[0].sequences[index]}
+    with pytest.warns(UserWarning, match="are dealt to .* not the same to the last bit"):
+        rest, _, trainer = run(tmp_path, tmp_path / "batch7.ckpt", max_steps=-1, max_epochs=1, **options)
+    batch_size, accumulate = options.get("batch_size", 4), options.get("accumulate", 2)
+    batches = 51 // batch_size
+    done = 8 * batches // 12 // accumulate * accumulate
+    assert len(rest.losses) == batches - done
+    held = [tuple(row) for rows in rest.sequences.values() for row in rows]
+    new = [row for i, row in enumerate(held) if row not in held[:i] and row not in before]
+    assert len(new) + len(before) <= 51 and len(new) > 0
+    assert trainer.current_epoch == 1
+
+
+def test_an_update_that_was_begun_is_ended_with_the_accumulation_it_was_begun_with(tmp_path):
+    run(tmp_path, save_at=(4,), max_steps=4)
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches: expected 2.* got 3.*init_from"):
+        run(tmp_path, tmp_path / "batch4.ckpt", accumulate=3)
+    record = run(tmp_path, tmp_path / "batch4.ckpt", batch_size=3, max_steps=4)[0]
+    assert [*record.losses] == [5, 6, 7]
 
 
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
@@ -509,7 +524,7 @@ def test_two_processes_of_a_large_vocabulary(tmp_path):
 
 
 def test_two_processes(tmp_path):
-    """Same number of steps, disjoint sequences, bit-identical resume; and one process refuses their checkpoint."""
+    """Same number of steps, disjoint sequences, bit-identical resume; and one process goes on from their checkpoint."""
     a, b = on_two_ranks(tmp_path, "two_processes")
     assert a["lengths"] == b["lengths"] == [12, 51 // 8]
     assert len(a["losses"]) == len(b["losses"]) and a["losses"] != b["losses"]
@@ -518,8 +533,14 @@ def test_two_processes(tmp_path):
     assert all(len(held) > 8 for held in first_pass)
     assert first_pass[0].isdisjoint(first_pass[1])
 
-    with pytest.raises(ValueError, match=r"expected 2 process.* got 1.*init_from"):
-        run(tmp_path, tmp_path / "batch4.ckpt")
+    with pytest.warns(UserWarning, match=r"checkpoint of 2 process\(es\) x 2 x 4 .* goes on on 1 x 2 x 4"):
+        record, _, trainer = run(tmp_path, tmp_path / "batch4.ckpt", max_steps=12)
+    assert trainer.global_step == 12
+    taken = {tuple(row) for rank in (a, b) for rows in rank["sequences"][:5] for row in rows}
+    began = {tuple(row) for rows in [*record.sequences.values()][:2] for row in rows}
+    later = [tuple(row) for rows in [*record.sequences.values()][2:] for row in rows]
+    new = [row for i, row in enumerate(later) if row not in later[:i] and row not in began]
+    assert len(new) > 12 and taken.isdisjoint(new)
     run(tmp_path, init_from=str(tmp_path / "batch4.ckpt"), max_steps=1)
 
 

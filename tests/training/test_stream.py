@@ -4,8 +4,9 @@ import gc
 import io
 import random
 import weakref
+from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
@@ -308,21 +309,13 @@ def test_restore_also_works_after_a_look_at_the_next_batch():
     assert same(train(other, 8), expected)
 
 
-@pytest.mark.parametrize(
-    ("other", "what"),
-    [
-        ({"groups": 1}, "accumulate_grad_batches: expected 2.* got 1"),
-        ({"loader": DataLoader(Rows(101), batch_size=5)}, "batch_size: expected 4.* got 5"),
-        ({"loader": DataLoader(Rows(99), batch_size=4)}, "training sequences: expected 101.* got 99"),
-    ],
-    ids=["accumulation", "batch size", "data"],
-)
-def test_another_batch_size_or_data_are_refused(other, what):
+def test_other_data_are_refused():
     """The error says what was saved, what is here, and what to do instead."""
     stream = stream_of(ProgressiveUnmasking(3), groups=2)
     train(stream, 3)
-    with pytest.raises(ValueError, match=f"{what}.*init_from"):
-        stream_of(ProgressiveUnmasking(3), **{"groups": 2, **other}).restore(stream.snapshot())
+    other = stream_of(ProgressiveUnmasking(3), DataLoader(Rows(99), batch_size=4), groups=2)
+    with pytest.raises(ValueError, match=r"training sequences: expected 101.* got 99.*init_from"):
+        other.restore_from([stream.snapshot()])
 
 
 # --- the supply ---
@@ -494,22 +487,14 @@ def test_a_loader_needs_a_batch_size_and_sequences():
         clean(DataLoader(Rows(0), batch_size=4))
 
 
-def test_an_iterable_data_set_needs_a_length():
-    """An epoch is a number of steps, so the number of sequences must be known; and they must come."""
-
-    class Endless(IterableDataset):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_iterable_data_set_must_hold_something(workers):
+    class Empty(IterableDataset):
         def __iter__(self) -> Iterator[dict[str, Tensor]]:
             return iter(())
 
-    with pytest.raises(ValueError, match=r"length, got Endless without.*__len__"):
-        clean(DataLoader(Endless(), batch_size=4))
-
-    class Empty(Endless):
-        def __len__(self) -> int:
-            return 8
-
     with pytest.raises(ValueError, match="got none from Empty"):
-        clean(DataLoader(Empty(), batch_size=4)).take(1)
+        clean(DataLoader(Empty(), batch_size=4, num_workers=workers)).take(1)
 
 
 # --- loaders of other kinds, and seeds ---
@@ -688,3 +673,92 @@ def test_a_restored_stream_of_blocks_goes_on_exactly(block_size, stop):
     other = stream_of(process, block_size=block_size, groups=2, seed=9)
     other.restore(torch.load(buffer, weights_only=True))
     assert same(train(other, 30 - stop), whole[stop:])
+
+
+# --- another number of ranks, another batch size ---
+
+
+def entries(stream: Stream, steps: int) -> list[int]:
+    """The sequences that the next steps bring into the slots, in the order in which they were taken."""
+    slots = [[-1] * stream.batch_size for _ in stream.groups]
+    for group, chains in enumerate(stream.groups):
+        if chains is not None:
+            whole = chains.x0.view(stream.batch_size, -1)
+            over = chains.done.view(stream.batch_size, -1).all(1).tolist()
+            slots[group] = [-1 if out else name for name, out in zip(names(whole), over, strict=True)]
+    came = []
+    for _ in range(steps):
+        group = stream.step % len(stream.groups)
+        (batch,) = train(stream, 1)
+        now = names(batch["input_ids"])
+        came += [new for old, new in zip(slots[group], now, strict=True) if new != old]
+        chains = stream.groups[group]
+        over = chains.done.view(stream.batch_size, -1).all(1).tolist()
+        slots[group] = [-1 if out else name for name, out in zip(now, over, strict=True)]
+    return came
+
+
+def held(stream: Stream) -> list[int]:
+    """The sequences in the slots that are not over."""
+    found = []
+    for chains in filter(None, stream.groups):
+        whole = names(chains.x0.view(stream.batch_size, -1))
+        over = chains.done.view(stream.batch_size, -1).all(1).tolist()
+        found += [name for name, out in zip(whole, over, strict=True) if not out]
+    return found
+
+
+shape = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))  # ranks, batch size, groups
+
+
+def waiting(stream: Stream) -> list[int]:
+    """The sequences that come before the data: from slots that there are no more, or read and not taken."""
+    supply = stream.sequences.supply()
+    return [name for batch in (supply["waiting"], supply["rest"]) if batch for name in names(batch["input_ids"])]
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint of", "ignore:.* does not tell its place")
+@settings(max_examples=30, deadline=None)
+@given(
+    shapes=st.lists(shape, min_size=1, max_size=4),
+    steps=st.integers(0, 9),
+    threshold=st.sampled_from([None, 0.6]),
+    kind=st.sampled_from(["shuffle", "sampler", "iterable"]),
+    block_size=st.sampled_from([None, [(0, 2), (2, 6)]]),
+    baseline=st.booleans(),
+)
+def test_another_number_of_ranks_takes_every_sequence_of_a_pass_once(
+    shapes, steps, threshold, kind, block_size, baseline
+):
+    """Those in the slots go on or wait, those taken are not taken again, all others are; however often it changes."""
+    size = 300
+    process = RandomMasking() if baseline else ProgressiveUnmasking([[0, 2], [3, 4]], threshold=threshold)
+    taken: set[int] = set()
+    snapshots: list[Any] = []
+    carried: Counter[int] = Counter()  # taken, and not trained on to the end
+    for ranks, batch_size, groups in [shapes[0], *(b for a, b in pairwise(shapes) if a != b)]:
+        brought: Counter[int] = Counter()
+        streams = []
+        for rank in range(ranks):
+            loader = LOADERS[kind](size, batch_size=batch_size)
+            stream = stream_of(process, loader, groups, 10**6, 5, rank, ranks, block_size)
+            if snapshots:
+                stream.restore_from(saved_and_loaded(snapshots))
+            brought.update(held(stream))
+            brought.update(entries(stream, steps))
+            brought.update(waiting(stream))
+            streams.append(stream)
+        assert carried <= brought and max(brought.values(), default=1) == 1
+        fresh = set(brought) - set(carried)
+        assert fresh.isdisjoint(taken)
+        taken |= fresh
+        snapshots = [stream.snapshot() for stream in streams]
+        carried = Counter(name for stream in streams for name in held(stream) + waiting(stream))
+    # One process takes what is left, to the last.
+    last = stream_of(process, LOADERS[kind](size, batch_size=7), 1, 10**6, 5, block_size=block_size)
+    last.restore_from(saved_and_loaded(snapshots))
+    came = held(last)
+    left = Counter(set(range(size)) - taken) + carried
+    while len(came) < left.total():
+        came += entries(last, 1)
+    assert Counter(came[: left.total()]) == left

@@ -151,9 +151,9 @@ class StreamedModule(pl.LightningModule):
         """Begin where the checkpoint was saved, if the run is resumed."""
         self.finite.reset()
         set_accumulation(self.trainer)
-        correct_place(self.trainer)
         # Only now: Lightning clears all gradients while it sets up.
         self.resume.restore_gradients(self)
+        correct_place(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tie dropout, and whatever else draws from the global generators, to (seed, rank, step)."""
@@ -180,7 +180,7 @@ class StreamedModule(pl.LightningModule):
         """Refuse a checkpoint of another model; keep the streams until the loaders exist.
 
         Raises:
-            ValueError: If the weights do not fit this model, or the number of processes is another.
+            ValueError: If the weights do not fit this model.
         """
         check_checkpoint(self, checkpoint)
         trainer = trainer_of(self)

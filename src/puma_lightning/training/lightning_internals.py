@@ -114,6 +114,30 @@ def keep_double_precision(trainer: pl.Trainer, module: pl.LightningModule) -> No
             callback._average_model.double()
 
 
+def rescale_epoch(trainer: pl.Trainer, before: int, now: int, same_windows: bool) -> None:
+    """Have an epoch go on as far along as it was, when it has another number of batches than in the checkpoint.
+
+    Args:
+        trainer: The Trainer, whose loops have been restored.
+        before: Batches in the data of an epoch when the checkpoint was saved.
+        now: Batches in the data of an epoch.
+        same_windows: Whether as many batches make an optimizer step as before; otherwise the next one begins a step.
+    """
+    limit = trainer.limit_train_batches
+    before, now = (min(size, limit) if isinstance(limit, int) else int(size * limit) for size in (before, now))
+    if before == now and same_windows:
+        return
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    ready, window = progress.ready, trainer.accumulate_grad_batches
+    there = now
+    if ready < before:
+        part = ready % window if same_windows else 0
+        windows = min(ready * now // before, now - 1 - part) // window
+        there = max(0, windows) * window + part
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(progress, name, max(0, getattr(progress, name) + there - ready))
+
+
 class ConfigWinsCLI(LightningCLI):
     """LightningCLI in which the config always wins over a checkpoint.
 

@@ -50,7 +50,7 @@ class StreamLoading:
         """Build the stream over the user's train loader.
 
         Raises:
-            ValueError: If it is no DataLoader, or has too few sequences for one batch.
+            ValueError: If it is no DataLoader, has too few sequences for one batch, or nothing says where a run ends.
         """
         if not isinstance(loader, DataLoader):
             raise ValueError(
@@ -70,7 +70,7 @@ class StreamLoading:
             ]
         )
         needed = sequences.batch_size * groups
-        if sequences.num_sequences // trainer.world_size < needed:
+        if sequences.num_sequences is not None and sequences.num_sequences // trainer.world_size < needed:
             raise ValueError(
                 f"batch_size: expected at least {needed} training sequences for each of {trainer.world_size} "
                 f"process(es) (batch size {sequences.batch_size} x accumulation {groups}), got "
@@ -82,12 +82,12 @@ class StreamLoading:
             module.mask_id,
             sequences.batch_size,
             num_groups=groups,
-            num_steps=sequences.num_sequences // (sequences.batch_size * trainer.world_size),
+            num_steps=steps_in_an_epoch(trainer, sequences),
             seed=seed,
             device=trainer.strategy.root_device,
             block_size=module.block_size,
         )
-        module.resume.restore_stream(module.stream, trainer.global_rank)
+        module.resume.restore_stream(module.stream)
         return module.stream
 
     def end(self, module: "StreamedModule") -> None:
@@ -97,6 +97,27 @@ class StreamLoading:
         if self._random_before is not None:
             # The seed of the last step is not to be that of what comes next in this process.
             torch.set_rng_state(self._random_before)
+
+
+def steps_in_an_epoch(trainer: pl.Trainer, sequences: CleanSequences) -> int:
+    """Return the number of batches after which an epoch ends.
+
+    Without a number of sequences an epoch is as long as the Trainer says: ``limit_train_batches``, or the whole run.
+
+    Raises:
+        ValueError: If the Trainer does not say.
+    """
+    if sequences.num_sequences is not None:
+        return sequences.num_sequences // (sequences.batch_size * trainer.world_size)
+    if isinstance(trainer.limit_train_batches, int):
+        return trainer.limit_train_batches
+    if trainer.max_steps > 0:
+        return trainer.max_steps * trainer.accumulate_grad_batches
+    raise ValueError(
+        "max_steps: expected a number of steps, as the training data have no length and so no end, got none; set "
+        "max_steps, or limit_train_batches and max_epochs, of the Trainer, or give the data set a length (__len__; "
+        "num_sequences of the TextDataModule): the number of sequences that count as an epoch"
+    )
 
 
 def shared_seed(trainer: pl.Trainer) -> int:

@@ -1,6 +1,6 @@
 """Exact resume: what a checkpoint holds besides weights and optimizer, so that a run goes on as if never stopped."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from puma_lightning.training.checkpoints import CHECKPOINT_KEY, latest_checkpoint
 from puma_lightning.training.finite import first_non_finite_in, refuse_non_finite
-from puma_lightning.training.lightning_internals import is_in_accumulation_window, is_in_step
-from puma_lightning.training.stream import Stream
+from puma_lightning.training.lightning_internals import is_in_accumulation_window, is_in_step, rescale_epoch
+from puma_lightning.training.stream import Stream, check_same
 from puma_lightning.training.weights import facts_of
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ class ExactResume:
     def _accumulated(self, module: "StreamedModule", in_step: bool) -> dict[str, Tensor] | None:
         """Return the gradients of an accumulation window that a checkpoint falls into."""
         if self._waiting is not None:
-            waiting: dict[str, Tensor] | None = self._waiting[module.global_rank]["gradients"]
-            return waiting  # to be restored
+            return self._waiting_gradients(module.global_rank, module.trainer.world_size)  # to be restored
         if not is_in_accumulation_window(module.trainer, in_step):
             return None
         if in_step and self._backward_at == module.stream.step:
@@ -101,33 +100,49 @@ class ExactResume:
         return {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
 
     def load(self, module: "StreamedModule", checkpoint: dict[str, Any]) -> None:
-        """Keep what a checkpoint holds until the stream exists.
-
-        Raises:
-            ValueError: If the number of processes is another.
-        """
-        saved, now = checkpoint.get(CHECKPOINT_KEY), module.trainer.world_size
+        """Keep what a checkpoint holds until the stream exists."""
+        saved = checkpoint.get(CHECKPOINT_KEY)
         if not saved or not saved["ranks"]:
             rank_zero_warn("the checkpoint holds no chains; they start afresh, and the data from the first sequence")
             return
-        if saved["world_size"] != now:
-            raise ValueError(
-                f"devices: expected {saved['world_size']} process(es), which saved the checkpoint, got {now}; resume "
-                f"with {saved['world_size']}, or start a new run from its weights with `--model.init_args.init_from "
-                "CHECKPOINT` (MaskedDiffusion(init_from=...)) and without --ckpt_path"
-            )
         self._waiting = saved["ranks"]
 
-    def restore_stream(self, stream: Stream, rank: int) -> None:
-        """Put the stream of a rank back, if a checkpoint has been loaded."""
-        if self._waiting is not None:
-            stream.restore(self._waiting[rank]["stream"])
+    def restore_stream(self, stream: Stream) -> None:
+        """Put the stream of this rank back, if a checkpoint has been loaded.
+
+        Raises:
+            ValueError: If the checkpoint is of another run, or cannot be dealt to this number of processes.
+        """
+        if self._waiting is None:
+            return
+        snapshots = [state["stream"] for state in self._waiting]
+        if any(state["gradients"] for state in self._waiting):
+            # Part of an update is done already, in so many parts.
+            check_same("accumulate_grad_batches", len(snapshots[0]["groups"]), len(stream.groups))
+        stream.restore_from(snapshots)
 
     def restore_gradients(self, module: "StreamedModule") -> None:
-        """Put the gradients back; nothing waits any more then."""
+        """Put the gradients back, and go on in the epoch; nothing waits any more then."""
         if self._waiting is not None:
-            gradients = self._waiting[module.global_rank]["gradients"]
+            saved, stream = self._waiting[0]["stream"], module.stream
+            if saved["num_sequences"] is not None:
+                before = saved["num_sequences"] // (saved["num_slots"] * len(self._waiting))
+                same = len(saved["groups"]) == len(stream.groups)
+                rescale_epoch(module.trainer, before, stream.num_steps, same)
+            gradients = self._waiting_gradients(module.global_rank, module.trainer.world_size)
             for name, parameter in module.named_parameters():
                 if gradients and name in gradients:
                     parameter.grad = gradients[name].to(parameter)
         self._waiting = None
+
+    def _waiting_gradients(self, rank: int, ranks: int) -> dict[str, Tensor] | None:
+        """Return the gradients that a rank goes on with."""
+        assert self._waiting is not None
+        saved: list[dict[str, Tensor] | None] = [state["gradients"] for state in self._waiting]
+        if len(saved) == ranks:
+            return saved[rank]
+        # An update is made of the mean over the ranks, so each of another number of ranks may have just that.
+        given = [gradients for gradients in saved if gradients]
+        names = {name for gradients in given for name in gradients}
+        mean = {name: sum(g[name] for g in given if name in g) / len(saved) for name in sorted(names)}
+        return cast(dict[str, Tensor], mean) or None

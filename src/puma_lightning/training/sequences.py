@@ -1,15 +1,26 @@
 """The endless supply of clean sequences for a stream, and its place in the data."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from puma_lightning.data.batch import Batch, check_batch
+from puma_lightning.training.dealing import Era, Passes, left_in_queue
+from puma_lightning.training.iterable import (
+    Place,
+    can_be_split,
+    first_place,
+    is_split,
+    number_of_shards,
+    part_of,
+    read,
+)
 
 
 def derived_seed(*keys: int) -> int:
@@ -23,9 +34,14 @@ class CleanSequences:
     """An endless, rank-sharded supply of checked clean sequences that knows its position.
 
     Takes over the data set, workers and collate function of a user's ``DataLoader``, and reads it pass after
-    pass. A pass holds every sequence exactly once over all ranks, in an order fixed by (seed, pass), so a
-    single number says where in the data a rank is. Randomness inside a data set must depend on the index only,
-    and an iterable data set must yield the same on every rank, for a resumed run to see the same data.
+    pass. A pass holds every sequence exactly once over all ranks.
+
+    - A data set with an index is read in an order fixed by (seed, pass), so a single number says where in the data a
+      rank is. Randomness inside it must depend on the index only.
+    - Of an iterable data set of ``datasets``, or one with ``split_by_rank(rank, ranks)``, every rank reads a part. Any
+      other must yield the same on every rank, which keeps its share. With ``state_dict`` and ``load_state_dict`` a
+      resumed run goes to its place at once; without, what was taken is read again. Before each pass ``set_epoch(pass)``
+      is called, if there is one, so that passes may differ.
 
     Args:
         loader: The user's loader. A shuffling one is shuffled again in each pass; any other sampler, also that of a
@@ -37,8 +53,11 @@ class CleanSequences:
         seed: The same on all ranks.
         first_given: Whether position 0 must be given in every sequence.
 
+    Attributes:
+        num_sequences: Sequences in a pass over all ranks; None for an iterable data set that does not say.
+
     Raises:
-        ValueError: If the loader has no batch size or no sampler, or the data set is empty or has no length.
+        ValueError: If the loader has no batch size or no sampler, or the data set is empty.
     """
 
     def __init__(
@@ -77,36 +96,83 @@ class CleanSequences:
                     "sampler and a batch_size instead"
                 )
             self._sampler = loader.batch_sampler.sampler
+        self.num_sequences: int | None
         try:
             self.num_sequences = len(loader.dataset if self._iterable else self._sampler)  # type: ignore[arg-type]
         except TypeError:
-            raise ValueError(
-                f"train_dataloader: expected a data set with a length, got {type(loader.dataset).__name__} without; "
-                "define __len__, the number of sequences in one pass over all ranks"
-            ) from None
+            self.num_sequences = None
         if self.num_sequences == 0:
             raise ValueError("train_dataloader: expected training sequences, got an empty data set; bring some")
-        # A DistributedSampler of the user's own has dealt out the sequences already.
-        self._sharded = getattr(self._sampler, "num_replicas", 1) == world_size > 1
-        if self._sharded:
+        # What somebody else has dealt out already: a DistributedSampler of the user's own, or a part of one rank.
+        self._dealt_out = getattr(self._sampler, "num_replicas", 1) == world_size > 1
+        if self._dealt_out and self.num_sequences is not None:
             self.num_sequences *= world_size
+        self._workers = loader.num_workers
+        self._parts = 1
+        if self._iterable:
+            self._dealt_out = is_split(loader.dataset)
+            self._parts = world_size if can_be_split(loader.dataset) else 1
+            self._share_shards()
         self.seek(seed, 0)
 
-    def seek(self, seed: int, position: int) -> None:
-        """Go to a position, the number of sequences that this rank has taken since the start."""
+    def _share_shards(self) -> None:
+        """Say where a data set has too few shards to be shared well, and start no worker that would have none."""
+        shards = number_of_shards(self.loader.dataset)
+        if shards is None or (self._parts == 1 and self.world_size > 1 and not self._dealt_out):
+            return
+        if shards % self._parts:
+            rank_zero_warn(
+                f"train_dataloader: {shards} shard(s) cannot be shared evenly by {self._parts} processes, so each "
+                f"reads all of them and keeps one row in {self._parts}; a multiple of {self._parts} shards is read once"
+            )
+        mine = number_of_shards(part_of(self.loader.dataset, self.rank if self._parts > 1 else 0, self._parts))
+        if mine is not None and mine < self._workers:
+            rank_zero_warn(
+                f"train_dataloader: {mine} shard(s) for each of {self.world_size} process(es) are too few for "
+                f"{self._workers} workers; starting {mine}"
+            )
+            self._workers = max(1, mine)
+
+    def seek(
+        self,
+        seed: int,
+        position: int,
+        eras: Sequence[Era] = (),
+        place: Place | None = None,
+        waiting: Batch | None = None,
+        rest: Batch | None = None,
+    ) -> None:
+        """Go to a position.
+
+        Args:
+            seed: The same on all ranks.
+            position: The number of sequences that this rank has taken since the start, or since the newest era.
+            eras: What was taken while there were other numbers of ranks, oldest first.
+            place: Where to read an iterable data set from.
+            waiting: Sequences that come before all others, and do not count.
+            rest: Sequences that were read before the place and not taken.
+        """
         self.seed = seed
         self.position = position
-        self._rest: Batch | None = None
-        self._batches = self._read(position)
+        self.eras = [list(era) for era in eras]
+        self._waiting, self._rest = waiting, rest
+        self._place = place
+        self._batches = self._read()
 
     def close(self) -> None:
         """Let the loader's worker processes end; the position stays."""
-        self._rest = None
         self._batches = iter(())
+
+    @property
+    def num_taken(self) -> float:
+        """How many sequences were taken since the start of the run; to be added up over the ranks."""
+        return self.position + sum(map(sum, self.eras)) / self.world_size
 
     @property
     def length(self) -> int:
         """L, of the sequences that come next."""
+        if self._waiting is not None:
+            return self._waiting["input_ids"].shape[1]
         if self._rest is None:
             self._rest = self._next_batch()
         return self._rest["input_ids"].shape[1]
@@ -120,8 +186,9 @@ class CleanSequences:
         Raises:
             ValueError: If the data are not clean sequences of one length.
         """
-        parts = [] if self._rest is None else [self._rest]
-        while sum(len(part["input_ids"]) for part in parts) < number:
+        waiting = min(number, _size(self._waiting))
+        parts = [part for part in (self._waiting, self._rest) if part is not None]
+        while not parts or sum(len(part["input_ids"]) for part in parts) < number:
             part = self._next_batch()
             if parts and part["input_ids"].shape[1] != parts[0]["input_ids"].shape[1]:
                 lengths = parts[0]["input_ids"].shape[1], part["input_ids"].shape[1]
@@ -130,88 +197,204 @@ class CleanSequences:
                     "cut them"
                 )
             parts.append(part)
+        if self._waiting is not None and number < _size(self._waiting):
+            taken, self._waiting = _cut(self._waiting, number)
+            return taken
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         # The rest is kept even when empty: it remembers the sequence length.
-        self._rest = {name: tensor[number:] for name, tensor in joined.items()}
-        self.position += number
-        return {name: tensor[:number] for name, tensor in joined.items()}
+        self._waiting = None
+        taken, self._rest = _cut(joined, number)
+        self.position += number - waiting
+        return taken
+
+    def supply(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold besides ``position``, as plain types and tensors."""
+        # Of a data set with an index the position says all.
+        rest = self._rest if self._iterable else None
+        # Copies: a part of a tensor would be saved with the whole.
+        copies = [batch and {name: rows.clone() for name, rows in batch.items()} for batch in (self._waiting, rest)]
+        return {"eras": self.eras, "place": self._place, "waiting": copies[0], "rest": copies[1]}
+
+    def restore(self, seed: int, position: int, supply: dict[str, Any] | None) -> None:
+        """Go to where this rank was when a checkpoint was saved by as many ranks.
+
+        Args:
+            seed: The seed of that run.
+            position: Its ``position``.
+            supply: What ``supply()`` returned; None in checkpoints of version 0.2.0 and before.
+
+        Raises:
+            ValueError: If the number of workers is another, and the data set is read in another order then.
+        """
+        self._check_workers(supply and supply["place"])
+        self.seek(seed, position, **(supply or {}))
+
+    def deal(self, seed: int, positions: Sequence[int], supplies: Sequence[dict[str, Any] | None]) -> None:
+        """Go on from a checkpoint that was saved by another number of ranks: what is left is dealt to those there are.
+
+        Args:
+            seed: The seed of that run.
+            positions: ``position`` of each rank.
+            supplies: What ``supply()`` of each rank returned.
+
+        Raises:
+            ValueError: If that is not possible.
+        """
+        given = [supply or {"eras": [], "place": None, "waiting": None, "rest": None} for supply in supplies]
+        unread = [supply["rest"] for supply in given]
+        # All that was read counts as taken, and what is not in a slot waits.
+        read_so_far = [position + _size(rest) for position, rest in zip(positions, unread, strict=True)]
+        waiting = _join([*(supply["waiting"] for supply in given), *unread])
+        mine = waiting and {name: rows[self.rank :: self.world_size] for name, rows in waiting.items()}
+        self.seek(
+            seed,
+            0,
+            [*given[0]["eras"], read_so_far],
+            self._dealt_place([supply["place"] for supply in given]) if self._iterable else None,
+            mine if _size(mine) else None,
+        )
+
+    def put_before(self, sequences: Batch) -> None:
+        """Have sequences come before all others that are not waiting already."""
+        self._waiting = _join([sequences, self._waiting])
+
+    def _dealt_place(self, places: Sequence[Place | None]) -> Place | None:
+        """Return where to read an iterable data set from, when the ranks before were at some places."""
+        if self._dealt_out:
+            raise self._refusal(len(places), "its data set is split by rank already; leave that to the supply")
+        split = len(places) if can_be_split(self.loader.dataset) else 1
+        known = [place or first_place(rank % split, split, self._slices) for rank, place in enumerate(places)]
+        for place in known:
+            self._check_workers(place)
+        if known[0]["of"] == 1:
+            # Each rank reads everything, from where the slowest was.
+            return min(known, key=lambda place: int(place["read"] + place["over"]))
+        if any(place["over"] for place in known):
+            reason = "its data set does not tell its place (it has no state_dict, or a shuffle buffer of datasets)"
+            raise self._refusal(len(places), reason)
+        parts = sorted((part for place in known for part in place["parts"]), key=lambda part: int(part["part"]))
+        if len(parts) < self.world_size:
+            raise self._refusal(len(places), f"its data set was split in {len(parts)} parts, one for each process")
+        return {**known[0], "parts": parts[self.rank :: self.world_size], "turn": 0}
+
+    def _refusal(self, saved: int, reason: str) -> ValueError:
+        return ValueError(
+            f"devices: expected {saved} process(es), as many as saved the checkpoint, got {self.world_size}: {reason}; "
+            f"resume with {saved}, or start a new run from its weights with init_from"
+        )
+
+    @property
+    def _slices(self) -> int:
+        """How many workers share an iterable data set."""
+        return max(1, self._workers)
+
+    def _check_workers(self, place: Place | None) -> None:
+        if place is not None and (saved := len(place["parts"][0]["workers"])) != self._slices:
+            raise ValueError(
+                f"num_workers: expected {saved}, as in the checkpoint, got {self._workers}; an iterable data set is "
+                f"shared by its workers, so resume with {saved}"
+            )
 
     def _next_batch(self) -> Batch:
         try:
-            return next(self._batches)
+            batch, self._place = next(self._batches)
         except RuntimeError as error:
             if "equal size" not in str(error):
                 raise
             raise ValueError(f"input_ids: expected sequences of one length, got: {error}; pad or cut them") from error
         except ValueError as error:
-            first = self.position + (0 if self._rest is None else len(self._rest["input_ids"]))
+            first = self.position + _size(self._rest)
             where = f"batch after {first} training sequences of process {self.rank}"
             raise ValueError(f"{error} ({where})") from error
+        return batch
 
-    def _read(self, position: int) -> Iterator[Batch]:
-        """Yield checked batches of this rank's sequences from a position on, without end."""
+    def _read(self) -> Iterator[tuple[Batch, Place | None]]:
+        """Yield checked batches of this rank's sequences from here on, without end, and the place after each."""
         # The iterator must not refer back to self: as part of a cycle its workers would be stopped by the garbage
         # collector, which takes seconds for each of them.
-        check = partial(check_batch, **self._limits)
+        check: Callable[[Any], Batch] = partial(check_batch, **self._limits)
         old = self.loader
         options: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "num_workers": old.num_workers,
-            "collate_fn": old.collate_fn,
+            "num_workers": self._workers,
             "timeout": old.timeout,
             "worker_init_fn": old.worker_init_fn,
             "multiprocessing_context": old.multiprocessing_context,
             "prefetch_factor": old.prefetch_factor,
-            # A generator of its own: iterating must not draw from the global one. The same on all ranks: each
-            # reads the whole of an iterable data set.
-            "generator": torch.Generator().manual_seed(derived_seed(self.seed)),
         }
+        # A generator of its own: iterating must not draw from the global one. The same on all ranks: each may read the
+        # whole of an iterable data set.
+        seed = derived_seed(self.seed)
         if not self._iterable:
-            order = _EndlessOrder(
-                self._sampler, self.seed, 0 if self._sharded else self.rank,
-                1 if self._sharded else self.world_size, position,
-            )  # fmt: skip
-            return map(check, DataLoader(old.dataset, sampler=order, **options))
-        return _share_of_iterable(DataLoader(old.dataset, **options), check, self.rank, self.world_size, position)
-
-
-def _share_of_iterable(
-    loader: "DataLoader[Any]", check: Callable[[Any], Batch], rank: int, world_size: int, position: int
-) -> Iterator[Batch]:
-    """Read the whole data set on every rank and keep the rank's share; reach a position by reading up to it."""
-    index = 0
-    skip = position * world_size
-    while True:
-        empty = True
-        for batch in map(check, loader):
-            empty = False
-            rows = torch.arange(index, index + len(batch["input_ids"]))
-            index += len(rows)
-            mine = (rows >= skip) & (rows % world_size == rank)
-            if mine.any():
-                yield {name: tensor[mine] for name, tensor in batch.items()}
-        if empty:
-            raise ValueError(
-                f"train_dataloader: expected sequences, got none from {type(loader.dataset).__name__}; check its "
-                "__iter__"
+            shard, shards = (0, 1) if self._dealt_out else (self.rank, self.world_size)
+            order = _EndlessOrder(self._sampler, self.seed, shard, shards, self.position, self.eras)
+            loader: DataLoader[Any] = DataLoader(
+                old.dataset,
+                sampler=order,
+                batch_size=self.batch_size,
+                collate_fn=old.collate_fn,
+                generator=torch.Generator().manual_seed(seed),
+                **options,
             )
+            return ((check(batch), None) for batch in loader)
+        place, taken = self._place, self.position + _size(self._rest)
+        if place is None:
+            over = self.position * self.world_size  # all that older checkpoints say
+            place = first_place(self.rank if self._parts > 1 else 0, self._parts, self._slices, over)
+        batches = read(old.dataset, place, self.batch_size, old.collate_fn, check, seed, options)
+        if self._dealt_out or place["of"] > 1 or (self.world_size == 1 and not self.eras):
+            return ((batch, after) for batch, _, after in batches)
+        return _share_of(batches, self.eras, taken, self.rank, self.world_size)
+
+
+def _share_of(
+    batches: Iterator[tuple[Batch, int, Place]], eras: Sequence[Era], taken: int, rank: int, ranks: int
+) -> Iterator[tuple[Batch, Place]]:
+    """Keep of what every rank reads the share of one that it has not taken."""
+    for batch, first, after in batches:
+        index = torch.arange(len(batch["input_ids"]))
+        place = first + index
+        for era in eras:
+            left, place = left_in_queue(place, era)
+            index, place = index[left], place[left]
+        index = index[(place % ranks == rank) & (place // ranks >= taken)]
+        if len(index):
+            yield {name: tensor[index] for name, tensor in batch.items()}, after
+
+
+def _size(batch: Batch | None) -> int:
+    return 0 if batch is None else len(batch["input_ids"])
+
+
+def _cut(batch: Batch, number: int) -> tuple[Batch, Batch]:
+    return (
+        {name: tensor[:number] for name, tensor in batch.items()},
+        {name: tensor[number:] for name, tensor in batch.items()},
+    )
+
+
+def _join(batches: Sequence[Batch | None]) -> Batch | None:
+    some = [batch for batch in batches if batch is not None and _size(batch)]
+    return {name: torch.cat([batch[name] for batch in some]) for name in some[0]} if some else None
 
 
 class _EndlessOrder(Sampler[int]):
     """Indices of one rank, pass after pass, from a position on."""
 
-    def __init__(self, sampler: Any, seed: int, shard: int, num_shards: int, position: int) -> None:
+    def __init__(
+        self, sampler: Any, seed: int, shard: int, num_shards: int, position: int, eras: Sequence[Era] = ()
+    ) -> None:
         self.sampler = sampler
         self.seed = seed
         self.shard = shard
         self.num_shards = num_shards
         self.position = position
+        self.passes = Passes(len(sampler), eras)
 
     def __iter__(self) -> Iterator[int]:
-        length = len(range(self.shard, len(self.sampler), self.num_shards))
-        number, skip = divmod(self.position, length)
+        number, skip = self.passes.find(self.position, self.shard, self.num_shards)
         while True:
-            yield from self._pass(number)[self.shard :: self.num_shards][skip:].tolist()
+            order = self.passes.rest(number, self._pass(number))
+            yield from order[self.shard :: self.num_shards][skip:].tolist()
             number, skip = number + 1, 0
 
     def _pass(self, number: int) -> Tensor:

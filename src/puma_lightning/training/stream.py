@@ -5,11 +5,12 @@ epochs, limits, accumulation and progress bars count steps. It yields the curren
 ``advance`` after its forward pass; in the next batch fresh sequences have taken the rows whose chains are over.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 
 from puma_lightning.chain.blocks import check_block_size, cut_blocks, join_blocks
@@ -79,8 +80,8 @@ class Stream:
         self._generators = {"start": torch.Generator(), "advance": torch.Generator(self.device)}
 
     def _seeded(self, step: int, purpose: str) -> torch.Generator:
-        seed = derived_seed(self.seed, self.sequences.rank, step, {"start": 0, "advance": 1}[purpose])
-        return self._generators[purpose].manual_seed(seed)
+        seed = derived_seed(self.seed, self.sequences.rank, step, {"start": 0, "advance": 1, "deal": 2}[purpose])
+        return self._generators["start" if purpose == "deal" else purpose].manual_seed(seed)
 
     def __len__(self) -> int:
         return self.num_steps
@@ -174,7 +175,7 @@ class Stream:
         stage = index * num_stages // (self.batch_size * len(self.groups))
         return self._fresh(stage, num_stages, None if self.block_size is None else self.block_size.at(0))
 
-    def _fresh(self, stage: Tensor, num_stages: int, block_size: int | None) -> Chains:
+    def _fresh(self, stage: Tensor, num_stages: int, block_size: int | None, purpose: str = "start") -> Chains:
         """Start chains of the next sequences on the CPU, one sequence for each of the given stages."""
         clean = self.sequences.take(len(stage))
         length = clean["input_ids"].shape[1]
@@ -185,7 +186,7 @@ class Stream:
         chains = Chains.fully_masked(x0, prompt_mask, self.mask_id, num_stages, stage, block_size or length)
         # With a threshold a chain that is shorter than K has fewer stages.
         stage = stage * self.process.chain_stages(num_stages, chains.answer_length) // num_stages
-        return self.process.start(replace(chains, stage=stage), self._seeded(self.step, "start"))
+        return self.process.start(replace(chains, stage=stage), self._seeded(self.step, purpose))
 
     def snapshot(self, in_flight: bool = False) -> dict[str, Any]:
         """Return everything needed to go on exactly from here, as CPU tensors and plain types.
@@ -204,23 +205,91 @@ class Stream:
             "num_slots": self.batch_size,
             "num_sequences": self.sequences.num_sequences,
             "groups": [g and {**g.to("cpu").tensors(), "num_stages": g.num_stages} for g in groups],
+            "supply": self.sequences.supply(),
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Go on from a snapshot.
+        """Go on exactly from a snapshot of this rank, of as many ranks.
 
         Raises:
             ValueError: If the snapshot is of another batch size or of another data set.
         """
         check_same("accumulate_grad_batches", len(snapshot["groups"]), len(self.groups))
-        check_same("training sequences", snapshot["num_sequences"], self.sequences.num_sequences)
         check_same("batch_size", snapshot["num_slots"], self.batch_size)
-        self.sequences.seek(snapshot["seed"], snapshot["position"])
-        length = self.sequences.length
+        check_same("training sequences", snapshot["num_sequences"], self.sequences.num_sequences)
+        self.sequences.restore(snapshot["seed"], snapshot["position"], snapshot.get("supply"))
+        self._go_on(snapshot, self._saved_groups(snapshot))
+
+    def restore_from(self, snapshots: Sequence[dict[str, Any]]) -> None:
+        """Go on from the snapshots of all ranks: exactly, if there are as many ranks and slots as there were.
+
+        Otherwise the sequences in the slots are dealt to the slots that there are now, as masked as they are. Slots
+        that remain take fresh sequences; sequences that remain, the least revealed, start again when slots are free.
+
+        Raises:
+            ValueError: If the snapshots are of another data set, or it cannot be dealt.
+        """
+        shapes = {(len(snapshot["groups"]), snapshot["num_slots"]) for snapshot in snapshots}
+        rank, ranks = self.sequences.rank, self.sequences.world_size
+        if len(snapshots) == ranks and shapes == {(len(self.groups), self.batch_size)}:
+            self.restore(snapshots[rank])
+            return
+        first = snapshots[0]
+        check_same("training sequences", first["num_sequences"], self.sequences.num_sequences)
+        positions = [snapshot["position"] for snapshot in snapshots]
+        self.sequences.deal(first["seed"], positions, [snapshot.get("supply") for snapshot in snapshots])
+        groups: list[Chains | None] = [None for _ in self.groups]
+        rows = self._in_flight(snapshots)
+        slots = self.batch_size * len(groups)
+        in_flight = 0 if rows is None else len(rows.x0) // rows.num_blocks
+        if rows is not None:
+            # The rows of one sequence follow each other; the most revealed sequences first.
+            revealed = rows.revealed.view(-1, rows.num_blocks).sum(1)
+            mine = revealed.sort(descending=True, stable=True).indices[rank::ranks]
+            self.seed, self.step = first["seed"], first["step"]
+            if len(mine) > slots:
+                self.sequences.put_before(_sequences_of(_chosen(rows, mine[slots:])))
+            missing = max(0, slots - len(mine))
+            stage = torch.arange(missing) * rows.num_stages // max(1, missing)
+            dealt = _chosen(rows, mine[:slots])
+            if missing:
+                dealt = _all(dealt, self._fresh(stage, rows.num_stages, rows.x0.shape[1], "deal"))
+            groups = [_chosen(dealt, torch.arange(slots)[index :: len(groups)]) for index in range(len(groups))]
+        self._go_on(first, groups)
+        rank_zero_warn(
+            f"the checkpoint of {len(snapshots)} process(es) x {len(first['groups'])} x {first['num_slots']} sequences "
+            f"(accumulation x batch size) goes on on {ranks} x {len(groups)} x {self.batch_size}: {in_flight:,} "
+            f"sequences in flight are dealt to {ranks * slots:,} slots ({max(0, in_flight - ranks * slots):,} wait to "
+            f"start again), and what is left of the data after {sum(positions):,} sequences is dealt anew; none is "
+            "left out or taken twice, but the run is not the same to the last bit"
+        )
+
+    def _saved_groups(self, snapshot: dict[str, Any]) -> list[Chains | None]:
         groups: list[Chains | None] = []
         for saved in snapshot["groups"]:
-            blocks = saved and len(saved["x0"]) // self.batch_size
+            blocks = saved and len(saved["x0"]) // snapshot["num_slots"]
             groups.append(saved and Chains(**saved, mask_id=self.mask_id, num_blocks=blocks))
+        return groups
+
+    def _in_flight(self, snapshots: Sequence[dict[str, Any]]) -> Chains | None:
+        """Return the chains of all sequences that are not over, in blocks and stages of one kind; None if none is."""
+        saved = [chains for snapshot in snapshots for chains in self._saved_groups(snapshot) if chains is not None]
+        if not saved:
+            return None
+        # Schedules grow, so the largest is the newest.
+        num_stages = max(chains.num_stages for chains in saved)
+        size = max(chains.x0.shape[1] for chains in saved)
+        found: list[Chains] = []
+        for chains in saved:
+            if (chains.num_stages, chains.x0.shape[1]) != (num_stages, size):
+                chains = self._cut_into(replace(chains, num_stages=num_stages), size)
+            over = chains.done.view(-1, chains.num_blocks).all(1)
+            found.append(_chosen(chains, (~over).nonzero().squeeze(1)))
+        return _all(*found)
+
+    def _go_on(self, snapshot: dict[str, Any], groups: list[Chains | None]) -> None:
+        """Take over the groups of this rank, on the CPU."""
+        length = self.sequences.length
         for chains in filter(None, groups):
             check_same("sequence length", chains.num_blocks * chains.x0.shape[1], length)
         for size in self.block_size.values if self.block_size is not None else ():
@@ -231,12 +300,31 @@ class Stream:
         self._on_host = {i: copy_to_host(_for_host(chains)) for i, chains in enumerate(groups) if chains is not None}
 
 
+def _sequences_of(chains: Chains) -> dict[str, Tensor]:
+    """Return the clean sequences of chains, (B, L) each."""
+    rows = {"input_ids": chains.x0, "prompt_mask": chains.prompt_mask}
+    return {name: join_blocks(each, chains.num_blocks) for name, each in rows.items()}
+
+
+def _chosen(chains: Chains, sequences: Tensor) -> Chains:
+    """Return the chains of some sequences, (n,) int64."""
+    rows = (sequences[:, None] * chains.num_blocks + torch.arange(chains.num_blocks)).flatten()
+    return chains.map(lambda tensor: tensor[rows])
+
+
+def _all(first: Chains, *more: Chains) -> Chains:
+    """Return the chains of several one after the other."""
+    parts = [chains.tensors() for chains in (first, *more)]
+    joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return replace(first, **joined)
+
+
 def _for_host(chains: Chains) -> Tensor:
     """Tell of each chain whether it is over, and how many positions are masked, (2, N) int64."""
     return torch.stack([chains.done.long(), chains.masked.sum(1)])
 
 
-def check_same(what: str, saved: int, now: int) -> None:
+def check_same(what: str, saved: int | None, now: int | None) -> None:
     """Check that a checkpoint is of such a run.
 
     Raises:
