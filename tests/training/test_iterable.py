@@ -182,6 +182,8 @@ def test_a_supply_goes_on_exactly(name, ranks, workers):
         other = supply_of(name, rank, ranks, workers)
         other.restore(**state)
     assert take(other, SIZE) == take(supply, SIZE)
+    other.seek(5, 0)  # what was gone on with leaves no trace
+    assert take(other, 10) == take(supply_of(name, rank, ranks, workers), 10)
 
 
 @pytest.mark.parametrize("name", TELLING)

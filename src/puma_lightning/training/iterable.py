@@ -52,12 +52,13 @@ def is_split(dataset: Any) -> bool:
 
 def part_of(dataset: Any, part: int, of: int) -> Any:
     """Return one of several disjoint parts of a data set, to be read without a trace in the whole."""
-    if of == 1:
-        return copy.copy(dataset)
     if hasattr(dataset, "split_by_rank"):
         return dataset.split_by_rank(part, of)
+    if not _is_of_datasets(dataset):
+        return copy.copy(dataset)
     from datasets.distributed import split_dataset_by_node
 
+    # Also of one part: a copy of such a data set is the same one by another name.
     return split_dataset_by_node(dataset, part, of)
 
 

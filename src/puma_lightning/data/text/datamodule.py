@@ -1,9 +1,12 @@
 """Any text as a DataModule: packed documents, or one example per sequence."""
 
+import copy
 import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,12 +16,14 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from puma_lightning.data.base import at_least, make_loader
 from puma_lightning.data.cache import DEFAULT_CACHE, cache_folder
 from puma_lightning.data.text.layout import Example, Padding
 from puma_lightning.data.text.rows import Rows, Selection
 from puma_lightning.data.text.sources import find_source
+from puma_lightning.data.text.streaming import TextStream, digest
 from puma_lightning.data.text.token_cache import TokenDataset, TokenWriter, cached, collate
 from puma_lightning.data.text.tokenise import Format, describe, write_examples, write_prompts
 from puma_lightning.data.text.tokenizer import (
@@ -32,12 +37,13 @@ from puma_lightning.data.text.tokenizer import (
 )
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 TextUnit = Literal["line", "paragraph", "document"]
 Tokenize = Callable[[Sequence[object]], list[list[int]]]
 _TRAINED_ON_ROWS = 50_000
 _TRAINED_ON_CHARACTERS = 50_000_000
+_HELD_OUT_ROWS = 1_000  # of a stream
 _SPLITS = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
 
 
@@ -75,6 +81,14 @@ class TextDataModule(pl.LightningDataModule):
         num_val: Number of rows held out (null: a tenth, 1,000 at most), or read this many of ``val_file`` at most
             (null: all).
         num_test: Read this many test rows at most; null for all.
+        streaming: Read and tokenise the training rows while the model trains on them, instead of before. Nothing of
+            them is kept on disk, and they may be more than fit on it. Without ``val_file`` the first ``num_val`` rows
+            (null: 1,000) are held out, and rows with the same contents left out of the training rows. A tokenizer is
+            trained on the first rows. See ``TextStream`` for what is shuffled and what a resumed run goes on with.
+        num_sequences: With ``streaming``, the number of sequences that count as an epoch. Null: the Trainer's
+            ``limit_train_batches`` or ``max_steps`` say when an epoch ends.
+        shuffle_buffer: With ``streaming``, rows that are read at once and whose sequences are shuffled; 1 to keep
+            the order.
         batch_size: Sequences in a training batch of one device.
         eval_batch_size: Sequences in a validation, test or prediction batch; null for ``batch_size``.
         num_workers: Processes that load batches; loading is fast enough for 0.
@@ -109,6 +123,9 @@ class TextDataModule(pl.LightningDataModule):
         num_train: int | None = None,
         num_val: int | None = None,
         num_test: int | None = None,
+        streaming: bool = False,
+        num_sequences: int | None = None,
+        shuffle_buffer: int = 10_000,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -136,6 +153,21 @@ class TextDataModule(pl.LightningDataModule):
         for name, limit in self.limits.items():
             if limit is not None:
                 at_least(f"num_{name}", limit, 1)
+        self.streaming = streaming
+        self.num_sequences = num_sequences
+        self.shuffle_buffer = at_least("shuffle_buffer", shuffle_buffer, 1)
+        if num_sequences is not None:
+            at_least("num_sequences", num_sequences, 1)
+            if not streaming:
+                raise ValueError(
+                    f"num_sequences: expected null without streaming, where the rows say how many there are, got "
+                    f"{num_sequences}; leave it out, or set streaming to true"
+                )
+        if streaming and num_train is not None:
+            raise ValueError(
+                f"num_train: expected null with streaming, as rows that come are not counted, got {num_train}; leave "
+                "it out, and say with max_steps how long to train"
+            )
         files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
         self.sources = {
             name: find_source(f"{name}_file", given, _SPLITS[name]) for name, given in files.items() if given
@@ -154,8 +186,9 @@ class TextDataModule(pl.LightningDataModule):
             self._tokenizer = prepare_tokenizer(load_tokenizer(tokenizer), eos_token, mask_token)
             self.vocab_size = self._tokenizer.vocab_size
             self.eos_id, self.mask_id = self._tokenizer.eos_id, self._tokenizer.mask_id
-        self._sets: dict[str, TokenDataset] = {}
+        self._sets: dict[str, TokenDataset | TextStream] = {}
         self._loaded: dict[str, Dataset] = {}
+        self._head: list[dict[str, Any]] | None = None
 
     # To be overridden.
 
@@ -168,6 +201,16 @@ class TextDataModule(pl.LightningDataModule):
         if name not in self.sources:
             raise ValueError(f"{name}_file: expected a file or a data set on the hub, got none; give one")
         return self.sources[name].load(self.cache_dir / "datasets", self.text_unit)
+
+    def stream(self, name: str) -> "IterableDataset":
+        """Return the rows of a set as they come, with ``streaming``. Override this method for rows from elsewhere.
+
+        Args:
+            name: ``train``; from the hub also ``val`` and ``test``.
+        """
+        if name not in self.sources:
+            raise ValueError(f"{name}_file: expected a file or a data set on the hub, got none; give one")
+        return self.sources[name].stream(self.text_unit)
 
     def identity(self, name: str) -> dict[str, Any]:
         """Return what tells the rows of a set from any others, in JSON's types.
@@ -213,7 +256,9 @@ class TextDataModule(pl.LightningDataModule):
         """Train the tokenizer if need be and tokenise what the stage needs; called in one process only."""
         stage = self.trainer.state.fn if self.trainer else None
         for name in self._needed(stage.value if stage else None):
-            self._report(name, self._open(name))
+            dataset = self._open(name)
+            if isinstance(dataset, TokenDataset):
+                self._report(name, dataset)
         self._loaded.clear()
 
     def setup(self, stage: str | None = None) -> None:
@@ -228,7 +273,8 @@ class TextDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled training batches."""
-        return make_loader(self._sets["train"], self.batch_size, True, self.num_workers, collate)
+        shuffle = not self.streaming  # a stream shuffles itself
+        return make_loader(self._sets["train"], self.batch_size, shuffle, self.num_workers, collate)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return one loader, or one for each of ``val_names``."""
@@ -298,7 +344,7 @@ class TextDataModule(pl.LightningDataModule):
     def _training_texts(self) -> Iterator[list[str]]:
         """Yield what ``encode`` tokenises of a bounded sample of the training rows."""
         left = _TRAINED_ON_CHARACTERS
-        for rows in self._select("train").read(sample=_TRAINED_ON_ROWS):
+        for rows in self._first_rows() if self.streaming else self._select("train").read(sample=_TRAINED_ON_ROWS):
             texts: list[str] = []
 
             def note(given: Sequence[object], texts: list[str] = texts) -> list[list[int]]:
@@ -311,18 +357,59 @@ class TextDataModule(pl.LightningDataModule):
             if left < 0:
                 return
 
+    def _first_rows(self) -> Iterator[Rows]:
+        """Yield the first rows of a stream of training rows, without those that are held out."""
+        rows = iter(self.stream("train"))
+        held = {digest(row) for row in self._held_out_rows()}
+        with tqdm(total=_TRAINED_ON_ROWS, desc="Reading rows for the tokenizer", unit=" rows", delay=2) as bar:
+            while bar.n < _TRAINED_ON_ROWS and (some := list(islice(rows, 1_000))):
+                bar.update(len(some))
+                some = [row for row in some if digest(row) not in held]
+                columns = {name: [row.get(name) for row in some] for name in some[0]} if some else {}
+                yield Rows(columns, self._argument("train"), list(range(len(some))))
+
+    def _held_out_rows(self) -> list[dict[str, Any]]:
+        """Return the rows at the start of a stream of training rows that are held out; none with a ``val_file``."""
+        if not self.held_out:
+            return []
+        if self._head is None:
+            num_val = self.limits["val"] or _HELD_OUT_ROWS
+            first = list(islice(self.stream("train"), num_val + 1))
+            if len(first) <= num_val:
+                raise ValueError(
+                    f"num_val: expected fewer than the {len(first):,} rows of {self._argument('train')}, got "
+                    f"{num_val:,}; hold out fewer, or give val_file"
+                )
+            self._head = first[:num_val]
+        return self._head
+
     def _home(self, name: str) -> str:
         """Return the set whose rows hold those of a set: ``train`` for what is held out of it."""
         return "train" if name == "val" and self.held_out else name
 
     def _loaded_rows(self, name: str) -> "Dataset":
         if name not in self._loaded:
-            self._loaded[name] = self.load(name)
+            self._loaded[name] = self._streamed(name) or self.load(name)
         return self._loaded[name]
 
+    def _streamed(self, name: str) -> "Dataset | None":
+        """Return the rows of a set that a stream holds, of which no more is read than is wanted; None without one."""
+        from datasets import Dataset
+
+        if not self.streaming:
+            return None
+        if name == "val" and self.held_out:
+            return Dataset.from_list(self._held_out_rows())
+        if name in self.sources and not self.sources[name].files:
+            return Dataset.from_list(list(islice(self.stream(name), self.limits.get(name))))
+        return None
+
+    def _argument(self, name: str) -> str:
+        return self.sources[name].argument if name in self.sources else f"{name} set"
+
     def _select(self, name: str) -> Selection:
-        home = self._home(name)
-        argument = self.sources[home].argument if home in self.sources else f"{name} set"
+        home = name if self.streaming else self._home(name)
+        argument = self._argument(home)
         dataset, limit = self._loaded_rows(home), self.limits.get(name)
         if home != "train" or not self.held_out:
             return Selection(dataset, argument, limit)
@@ -340,6 +427,8 @@ class TextDataModule(pl.LightningDataModule):
         part: dict[str, Any] = {"limit": self.limits.get(name)}
         if self._home(name) == "train" and self.held_out:
             part |= {"held_out": name == "val", "num_val": self.limits["val"], "seed": self.seed}
+        if self.streaming:
+            part["streaming"] = True  # whose held out rows are others, and those that a tokenizer is trained on
         return {
             "rows": self.identity(self._home(name)),
             "part": part,
@@ -349,7 +438,7 @@ class TextDataModule(pl.LightningDataModule):
             "encoding": {"text_column": self.text_column, **_own_settings(self)},
         }
 
-    def _open(self, name: str) -> TokenDataset:
+    def _open(self, name: str) -> TokenDataset | TextStream:
         form = Format(
             self.sequence_length,
             self.vocab_size,
@@ -359,6 +448,20 @@ class TextDataModule(pl.LightningDataModule):
             self.padding,
             self.min_answer_length,
         )
+
+        if name == "train" and self.streaming:
+            module = copy.copy(self)
+            module.trainer, module._sets, module._loaded = None, {}, {}  # not to be sent to workers
+            return TextStream(
+                self.stream("train"),
+                self._argument("train"),
+                partial(module.encode, tokenize=self._text_tokenizer.encode),
+                form,
+                self.shuffle_buffer,
+                self.seed,
+                self.num_sequences,
+                frozenset(map(digest, self._held_out_rows())),
+            )
 
         def build(writer: TokenWriter) -> None:
             tokenize, rows, title = self._text_tokenizer.encode, self._select(name), f"Tokenising {name}"

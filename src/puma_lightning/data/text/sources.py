@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from puma_lightning.hub import from_hub
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -59,14 +59,7 @@ class Source:
                 return datasets.load_dataset(
                     name, config, split=split, cache_dir=str(cache_dir), writer_batch_size=_ROWS_IN_A_BLOCK
                 )
-        size = sum(file.stat().st_size for file in self.files)
-        if not size:
-            raise ValueError(f"{self.argument}: expected rows, got the empty file {self.files[0]}; name another one")
-        options: dict[str, Any] = {"writer_batch_size": _ROWS_IN_A_BLOCK}
-        if self.kind == "text":
-            options["sample_by"] = text_unit
-        if _ending(self.files[0]) == ".tsv":
-            options["sep"] = "\t"
+        size, options = self._size(), {**self._options(text_unit), "writer_batch_size": _ROWS_IN_A_BLOCK}
         with _quiet(size < _SMALL):
             try:
                 rows = datasets.load_dataset(
@@ -79,6 +72,40 @@ class Source:
                     f"{str(reason) or 'no rows'}; correct the files"
                 ) from error
         return rows
+
+    def stream(self, text_unit: str = "line") -> IterableDataset:
+        """Return the rows as they come, one by one; nothing is kept on disk.
+
+        Raises:
+            ValueError: If the files hold nothing, or the hub has no such data set or is out of reach.
+        """
+        import datasets
+
+        if not self.files:
+            name, config, split = self.hub
+            with from_hub(self.argument, name, f"local files ({', '.join(KINDS)})"):
+                return datasets.load_dataset(name, config, split=split, streaming=True)
+        self._size()
+        files = list(map(str, self.files))
+        return datasets.load_dataset(
+            self.kind, data_files=files, split="train", streaming=True, **self._options(text_unit)
+        )
+
+    def _size(self) -> int:
+        """Return the bytes of the files.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        size = sum(file.stat().st_size for file in self.files)
+        if not size:
+            raise ValueError(f"{self.argument}: expected rows, got the empty file {self.files[0]}; name another one")
+        return size
+
+    def _options(self, text_unit: str) -> dict[str, Any]:
+        """Return what the reader of the files' format has to know."""
+        options: dict[str, Any] = {"sample_by": text_unit} if self.kind == "text" else {}
+        return {**options, "sep": "\t"} if _ending(self.files[0]) == ".tsv" else options
 
 
 def find_source(argument: str, given: str | list[str], split: str) -> Source:
