@@ -25,6 +25,7 @@ from puma_lightning.modules import BlockDiffusion, MaskedDiffusion, generative
 from puma_lightning.modules.generative import GenerativeModule
 from puma_lightning.training.checkpoints import load_checkpoint
 from puma_lightning.training.optim import WarmupCosine
+from puma_lightning.training.resume import ExactResume
 
 V = 6
 MASK = V - 1
@@ -409,6 +410,19 @@ def test_weights_that_were_loaded_are_trained_on_whatever_init_from_says(tmp_pat
 
 def copy_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_an_update_that_several_processes_began_is_ended_by_others_as_theirs_would_have_been():
+    """It is made of the mean over the processes, whatever their number."""
+    grads = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}]
+    resume = ExactResume()
+    resume._waiting = [{"gradients": each} for each in grads]
+    assert [resume._waiting_gradients(rank, 2) for rank in (0, 1)] == grads
+    for ranks in (1, 3):
+        for rank in range(ranks):
+            assert resume._waiting_gradients(rank, ranks)["w"].tolist() == [2.0, 4.0]
+    resume._waiting = [{"gradients": None}, {"gradients": None}]
+    assert resume._waiting_gradients(0, 1) is None
 
 
 # --- a killed process, and two processes ---
