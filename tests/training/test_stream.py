@@ -762,3 +762,39 @@ def test_another_number_of_ranks_takes_every_sequence_of_a_pass_once(
     while len(came) < left.total():
         came += entries(last, 1)
     assert Counter(came[: left.total()]) == left
+
+
+def test_slots_go_on_as_masked_as_they_were_and_new_ones_start_staggered():
+    """So that a batch goes on to hold all stages at once."""
+    one = stream_of(ProgressiveUnmasking(4), DataLoader(Rows(101), batch_size=8))
+    train(one, 5)
+    (before,) = one.groups
+    streams = [
+        stream_of(ProgressiveUnmasking(4), DataLoader(Rows(101), batch_size=8), rank=r, world_size=2) for r in (0, 1)
+    ]
+    for stream in streams:
+        with pytest.warns(UserWarning, match=r"1 process\(es\) x 1 x 8 .* goes on on 2 x 1 x 8: 6 sequences in flight"):
+            stream.restore_from([saved_and_loaded(one.snapshot())])
+    after = [stream.groups[0] for stream in streams]
+    xt = {name: row for chains in after for name, row in zip(names(chains.x0), chains.xt.tolist(), strict=True)}
+    going = [i for i in range(8) if not before.done[i]]
+    assert all(xt[names(before.x0)[i]] == before.xt[i].tolist() for i in going)
+    stages = torch.cat([chains.stage for chains in after])
+    assert torch.bincount(stages, minlength=4).min() >= 3
+
+
+def test_sequences_without_a_slot_are_the_least_revealed_and_come_first():
+    """They start again when slots are free, before anything fresh."""
+    one = stream_of(ProgressiveUnmasking(4), DataLoader(Rows(101), batch_size=12))
+    train(one, 1)
+    (before,) = one.groups
+    going = sorted(
+        ((int(r), n) for r, n, d in zip(before.revealed, names(before.x0), before.done, strict=True) if not d)
+    )
+    other = stream_of(ProgressiveUnmasking(4), DataLoader(Rows(101), batch_size=5))
+    with pytest.warns(UserWarning, match="9 sequences in flight are dealt to 5 slots \\(4 wait to start again\\)"):
+        other.restore_from([saved_and_loaded(one.snapshot())])
+    assert other.groups[0].revealed.sum() == sum(revealed for revealed, _ in going[-5:])
+    waits = names(other.sequences.supply()["waiting"]["input_ids"])
+    assert set(waits) == {name for _, name in going} - set(held(other)) and len(waits) == 4
+    assert entries(other, 12)[:4] == waits
