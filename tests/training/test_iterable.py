@@ -148,7 +148,7 @@ def take(supply: CleanSequences, number: int) -> list[int]:
 SOME = ["plain", "stateful", "datasets", "datasets, shuffle buffer"]
 SHARED = [
     *((name, ranks, 0) for name in DATASETS for ranks in (1, 2, 3)),
-    *((name, ranks, 2) for name in SOME for ranks in (1, 2)),
+    *(("plain", 1, 2), ("stateful", 2, 2), ("datasets", 1, 2), ("datasets", 2, 2), ("datasets, shuffle buffer", 2, 2)),
 ]
 
 
@@ -254,7 +254,7 @@ def test_a_state_that_a_checkpoint_cannot_hold_is_refused():
 
 
 @pytest.mark.parametrize("name", [*SOME, "datasets, 3 shards"])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(taken=st.lists(st.integers(0, 11), min_size=1, max_size=4), ranks=st.integers(1, 4))
 def test_another_number_of_ranks_reads_what_is_left(name, taken, ranks):
     """Every sequence of the pass once, or a refusal that says what to do."""
@@ -268,7 +268,7 @@ def test_another_number_of_ranks_reads_what_is_left(name, taken, ranks):
     for rank in range(ranks):
         supply = supply_of(name, rank, ranks)
         arguments = 5, [state["position"] for state in states], [state["supply"] for state in states]
-        if split and (ranks > number or ("buffer" in name and any(taken))):
+        if split and (ranks > number or "buffer" in name):
             what = rf"expected {number} process.* got {ranks}: .*resume with {number}, or .*init_from"
             with pytest.raises(ValueError, match=what):
                 supply.deal(*arguments)

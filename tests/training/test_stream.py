@@ -718,7 +718,7 @@ def waiting(stream: Stream) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint of", "ignore:.* does not tell its place")
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     shapes=st.lists(shape, min_size=1, max_size=4),
     steps=st.integers(0, 9),
