@@ -66,7 +66,7 @@ def number_of_shards(dataset: Any) -> int | None:
     """Return how many files or the like a data set is made of, which is how finely workers can share it."""
     shards = getattr(dataset, "num_shards", None)
     if shards is None and _is_of_datasets(dataset):
-        shards = dataset.n_shards  # before datasets 3.2
+        shards = dataset.n_shards  # its name in datasets 3.0
     return shards
 
 

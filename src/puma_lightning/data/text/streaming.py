@@ -34,8 +34,8 @@ class TextStream(IterableDataset[dict[str, Any]]):
         argument: Name of the argument that gave them, for messages.
         encode: Turns rows into examples.
         form: What the sequences look like.
-        buffer: Rows in a buffer. With 1 the order is that of the rows, in every pass; otherwise buffers and, from
-            ``datasets`` 4 on, the order of the shards are shuffled anew in each.
+        buffer: Rows in a buffer. With 1 the order is that of the rows, in every pass; otherwise buffers are shuffled
+            anew in each, and so is the order of the shards, except by old versions of ``datasets`` (3.0).
         seed: Of the order.
         num_sequences: How many sequences count as an epoch; None for no number.
         without: Digests of rows that are left out, as ``digest`` makes them.
