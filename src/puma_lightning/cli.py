@@ -2,10 +2,12 @@
 
 import os
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -18,6 +20,7 @@ from puma_lightning.data.base import DataOffer
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.training.checkpoints import load_checkpoint
 from puma_lightning.training.lightning_internals import ConfigWinsCLI
+from puma_lightning.training.stopping import Stopped
 
 # Lightning's own command line calls these; its users can do nothing about it.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -57,6 +60,13 @@ class PumaCLI(ConfigWinsCLI):
             except ValueError as error:
                 self.parser.error(str(error))
         path = config.get("ckpt_path") if self.subcommand else None
+        if path == "last" and config.name is not None and config.trainer.logger is None:
+            # Lightning would look into the folder of the run that is about to begin, and begin at step 0.
+            try:
+                path = config.ckpt_path = str(newest_checkpoint(_runs(config) / config.name))
+            except ValueError as error:
+                self.parser.error(str(error))
+            rank_zero_info(f"{self.subcommand} from {path}")
         if path and path not in SPECIAL_CHECKPOINTS and not str(path).startswith("registry"):
             load_checkpoint(path)
         start = (config.model.get("init_args") or {}).get("init_from") if self.subcommand and config.model else None
@@ -89,7 +99,7 @@ class PumaCLI(ConfigWinsCLI):
         if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
             callbacks.append(PredictionWriter())
         if config.get("logger") is None and "logger" not in kwargs and not config.get("barebones"):
-            folder = Path(config.get("default_root_dir") or ".") / RUNS
+            folder = _runs(run)
             kwargs["logger"] = [TensorBoardLogger(folder, run.name), CSVLogger(folder, run.name)]
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         for logger in trainer.loggers:
@@ -166,9 +176,42 @@ def check_name(name: str) -> None:
         )
 
 
+def _runs(config: Any) -> Path:
+    return Path((config.get("trainer") or {}).get("default_root_dir") or ".") / RUNS
+
+
 def _relative(path: str | Path) -> str:
     path = Path(path)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint to go on from of a run's newest version that has one.
+
+    Args:
+        folder: That of the run's versions.
+
+    Raises:
+        ValueError: If none has one.
+    """
+    found = [path for path in folder.glob("version_*/**/*.ckpt") if path.is_file()]
+    if not found:
+        raise ValueError(
+            f"ckpt_path: expected a run with a checkpoint in {folder}, to go on from its last, got none; give the "
+            "path of a checkpoint, or the --name of the run, or leave --ckpt_path out to begin a new one"
+        )
+    last = [path for path in found if path.stem.startswith("last")]
+    return max(last or found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def resume_command(arguments: list[str], checkpoint: Path) -> str:
+    """Return the command that goes on with a run from a checkpoint, given the arguments that began it."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and not argument.startswith("--ckpt_path"):
+            kept.append(argument)
+        skip = argument == "--ckpt_path"
+    return shlex.join(["puma", *kept, "--ckpt_path", _relative(checkpoint)])
 
 
 def main(args: ArgsType = None) -> None:
@@ -177,14 +220,20 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments instead of ``sys.argv[1:]``.
     """
-    PumaCLI(
-        StreamedModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"version": puma_lightning.__version__},
-        args=args,
-    )
+    try:
+        PumaCLI(
+            StreamedModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"version": puma_lightning.__version__},
+            args=args,
+        )
+    except Stopped as stopped:
+        if stopped.checkpoint is not None and not getattr(rank_zero_only, "rank", 0):
+            given = list(args) if isinstance(args, list) else sys.argv[1:]
+            print(f"Go on with:\n  {resume_command(given, stopped.checkpoint)}")
+        raise

@@ -44,6 +44,7 @@ class Run:
     def __init__(self, config: Config, folder: Path, shared: Path, ckpt: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.said = min((path.stat().st_size for path in folder.glob("output.*.txt")), default=0)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -78,6 +79,11 @@ class Run:
         for rank, pid in self.living.items():
             if ranks is None or rank in ranks:
                 os.kill(pid, number)
+
+    def heard(self) -> bool:
+        """Return whether a process said that it was asked to end, which it can only while it trains."""
+        texts = (self.folder / f"output.{rank}.txt" for rank in self.codes)
+        return any("saving after this batch" in path.read_text()[self.said :] for path in texts if path.exists())
 
     def kill(self) -> None:
         """End what is left, and have it say where it was."""
@@ -175,7 +181,7 @@ def _disturb(run: Run, rng: random.Random, duration: float, result: Trial) -> No
     elif not in_time:
         result.wrong.append(f"not ended after {GRACE:.0f} s: {said}, of {len(ranks)}")
         run.kill()
-    elif number in ASKED and any(code not in (0, ASKED[number]) for code in run.codes.values()):
+    elif number in ASKED and run.heard() and any(code not in (0, ASKED[number]) for code in run.codes.values()):
         result.wrong.append(f"exit code: {said}")
 
 

@@ -26,6 +26,7 @@ from puma_lightning.training.loading import StreamLoading
 from puma_lightning.training.optim import Optimization, clip_unscaled
 from puma_lightning.training.resume import ExactResume
 from puma_lightning.training.sequences import derived_seed
+from puma_lightning.training.stopping import GracefulStop
 from puma_lightning.training.stream import Stream
 from puma_lightning.training.weights import StartingWeights, check_checkpoint, load_weights
 
@@ -87,6 +88,7 @@ class StreamedModule(pl.LightningModule):
         self.loading = StreamLoading()
         self.resume = ExactResume()
         self.finite = FiniteCheck()
+        self.stopping = GracefulStop()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the stream out of copies of the module, such as EMA makes: they are not trained."""
@@ -101,10 +103,12 @@ class StreamedModule(pl.LightningModule):
         make_saving_safe(self.trainer)
         keep_double_precision(self.trainer, self)
         if stage == "fit":
+            self.stopping.begin(self.trainer)
             self.loading.begin(self)
 
     def teardown(self, stage: str) -> None:
-        """Let the loader's worker processes end."""
+        """Let the loader's worker processes end, and listen to signals no more."""
+        self.stopping.end()
         if stage == "fit":
             self.loading.end(self)
 
@@ -118,6 +122,8 @@ class StreamedModule(pl.LightningModule):
         """
         self.starting_weights.load_once(self)
         check_finite_weights(self, self.trainer)
+        if self.trainer.state.fn == "fit":
+            self.stopping.begin(self.trainer)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
@@ -150,6 +156,8 @@ class StreamedModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Begin where the checkpoint was saved, if the run is resumed."""
         self.finite.reset()
+        self.stopping.begin(self.trainer)
+        self.stopping.connect(self.trainer)
         set_accumulation(self.trainer)
         # Only now: Lightning clears all gradients while it sets up.
         self.resume.restore_gradients(self)
@@ -163,6 +171,14 @@ class StreamedModule(pl.LightningModule):
     def on_before_backward(self, loss: Tensor) -> None:
         """Remember whose gradients there are from here on."""
         self.resume.note_backward(self.stream)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End the run here if it has been asked to end."""
+        self.stopping.stop_if_asked(self)
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """End the run here if it has been asked to end."""
+        self.stopping.stop_validation_if_asked(self)
 
     def on_train_end(self) -> None:
         """Look at the losses since the last look, and at what they led to."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
@@ -80,6 +81,8 @@ def correct_place(trainer: pl.Trainer) -> None:
     epoch it goes on in that epoch.
     """
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    seen: Any = epoch.val_loop.batch_progress.total
+    seen.ready = seen.started = seen.processed = seen.completed  # or every later checkpoint seems to fall into one
     if not epoch.restarted_on_train_batch_end:
         epochs: Any = fit.epoch_progress.total
         if epochs.ready == epochs.completed and epoch.batch_progress.current.ready >= trainer.num_training_batches:
@@ -98,6 +101,38 @@ def correct_place(trainer: pl.Trainer) -> None:
         epoch.val_loop.batch_progress.current.reset()
     elif was_last:
         fit._restart_stage = FitStage.NONE
+
+
+def validate_again_after_resume(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Prepare a checkpoint within a validation, for a run that ends: one resumed from it does the whole validation."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            callback._swap_models(module)  # the averaged weights are in the module during validation
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    progress.total.ready = progress.total.started = progress.total.completed + 1
+    progress.total.processed = progress.total.completed
+    progress.current.reset()
+
+
+def unlogged_metrics(trainer: pl.Trainer) -> dict[str, Any] | None:
+    """Return what Lightning will log of the batch that has just ended, but has not when a checkpoint is saved then."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    connector = trainer._logger_connector
+    at_batch_end = trainer.training and progress.processed == progress.completed + 1
+    if not at_batch_end or trainer.fit_loop._should_accumulate() or not connector.should_update_logs:
+        return None
+    metrics: dict[str, Any] = convert_tensors_to_scalars(dict(connector.metrics["log"]))
+    return {"epoch": trainer.current_epoch, **metrics} if metrics else None
+
+
+def log_metrics(trainer: pl.Trainer, metrics: dict[str, Any]) -> None:
+    """Log as Lightning would have done, when a run is resumed."""
+    trainer._logger_connector.log_metrics(metrics)
+
+
+def cluster_environment(trainer: pl.Trainer) -> Any:
+    """Return what started the processes of a run; None if nothing did."""
+    return trainer._accelerator_connector.cluster_environment
 
 
 def keep_double_precision(trainer: pl.Trainer, module: pl.LightningModule) -> None:

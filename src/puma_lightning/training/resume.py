@@ -8,7 +8,13 @@ from torch import Tensor
 
 from puma_lightning.training.checkpoints import CHECKPOINT_KEY, latest_checkpoint
 from puma_lightning.training.finite import first_non_finite_in, refuse_non_finite
-from puma_lightning.training.lightning_internals import is_in_accumulation_window, is_in_step, rescale_epoch
+from puma_lightning.training.lightning_internals import (
+    is_in_accumulation_window,
+    is_in_step,
+    log_metrics,
+    rescale_epoch,
+    unlogged_metrics,
+)
 from puma_lightning.training.stream import Stream, check_same
 from puma_lightning.training.weights import facts_of
 
@@ -24,6 +30,7 @@ class ExactResume:
 
     def __init__(self) -> None:
         self._waiting: list[dict[str, Any]] | None = None  # what the checkpoint holds, by rank
+        self._unlogged: dict[str, float] | None = None
         self._backward_at = self._optimizer_at = -1
 
     def note_backward(self, stream: Stream) -> None:
@@ -63,7 +70,14 @@ class ExactResume:
         problem = self._what_is_inexact(module, in_step) if interrupted else None
         if interrupted and not_finite:
             problem = f"{not_finite} is not finite"
-        kept = {"world_size": trainer.world_size, "ranks": states, "facts": facts_of(module)}
+        kept = {
+            "world_size": trainer.world_size,
+            "ranks": states,
+            "facts": facts_of(module),
+            "unlogged": unlogged_metrics(trainer),
+        }
+        for logger in trainer.loggers:
+            logger.save()  # what was logged before a checkpoint is not lost by a kill after it
         if interrupted and trainer.world_size > 1:
             kept["ranks"] = []  # one process knows its own chains alone
         if problem:
@@ -106,6 +120,7 @@ class ExactResume:
             rank_zero_warn("the checkpoint holds no chains; they start afresh, and the data from the first sequence")
             return
         self._waiting = saved["ranks"]
+        self._unlogged = saved.get("unlogged")
 
     def restore_stream(self, stream: Stream) -> None:
         """Put the stream of this rank back, if a checkpoint has been loaded.
@@ -122,7 +137,10 @@ class ExactResume:
         stream.restore_from(snapshots)
 
     def restore_gradients(self, module: "StreamedModule") -> None:
-        """Put the gradients back, and go on in the epoch; nothing waits any more then."""
+        """Put the gradients back, log what was still to be logged, and go on in the epoch; nothing waits any more."""
+        if self._unlogged is not None:
+            log_metrics(module.trainer, self._unlogged)
+            self._unlogged = None
         if self._waiting is not None:
             saved, stream = self._waiting[0]["stream"], module.stream
             if saved["num_sequences"] is not None:

@@ -1,0 +1,142 @@
+"""A run that is asked to end saves where it is, says how to go on, and ends."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities import rank_zero_info
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from puma_lightning.training.lightning_internals import cluster_environment, validate_again_after_resume
+
+if TYPE_CHECKING:
+    from puma_lightning.modules.base import StreamedModule
+
+
+class Stopped(SystemExit):
+    """Ends a run that was asked to end; uncaught it ends the process with 128 + the signal's number.
+
+    Attributes:
+        checkpoint: What to go on from; None if nothing was saved.
+    """
+
+    def __init__(self, number: int, checkpoint: Path | None) -> None:
+        super().__init__(128 + number)
+        self.checkpoint = checkpoint
+
+
+class GracefulStop:
+    """Waits for SIGTERM or SIGINT (Ctrl-C), and ends the run after the batch in which one comes.
+
+    A handler of signals may run anywhere, so it notes the signal and no more. With several processes a signal to one of
+    them ends all: after each batch they exchange what they have noted, and act on it a batch later, when the answer is
+    there without waiting for it. A second signal ends a process at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+        self._group: Any = None
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GracefulStop, ()  # signals come to a process, not to copies of a module
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Listen from now on. Lightning's own handler of SIGTERM waits for other processes, which may never answer."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if getattr(cluster_environment(trainer), "auto_requeue", False):
+            numbers.remove(
+                signal.SIGTERM
+            )  # it follows the signal on which Lightning has saved and queued the run again
+        for number in numbers:
+            handler = signal.getsignal(number)
+            if handler != self._note:
+                self._before.setdefault(number, handler)
+                signal.signal(number, self._note)
+
+    def connect(self, trainer: pl.Trainer) -> None:
+        """Prepare the exchange between processes. To be called on all of them, at the start of training."""
+        self.received, self._pending = 0, None
+        if trainer.world_size > 1 and self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            self.end()
+            os.kill(os.getpid(), number)
+            return
+        self.received = number
+        name = signal.Signals(number).name
+        # What print or a logger does may be what the signal interrupts.
+        os.write(2, f"\n{name}: saving after this batch, then ending; a second signal ends at once\n".encode())
+
+    def end(self) -> None:
+        """Listen no more."""
+        for number, handler in self._before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        self._before = {}
+
+    def _agreed(self, trainer: pl.Trainer) -> int:
+        """Return the signal on which all processes act after this batch; 0 for none."""
+        if self._group is None:
+            return self.received
+        last, mine = self._pending, torch.tensor(self.received)
+        work = torch.distributed.all_reduce(mine, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (work, mine)
+        if last is None:
+            return 0
+        last[0].wait()
+        return int(last[1])
+
+    def stop_if_asked(self, module: "StreamedModule") -> None:
+        """Save and end, if that has been asked for. To be called after each training batch, on all processes.
+
+        Raises:
+            Stopped: Then, on all processes.
+        """
+        trainer = module.trainer
+        number = self._agreed(trainer)
+        if number and (trainer.max_steps == -1 or trainer.global_step < trainer.max_steps):
+            self._stop(module, number)
+
+    def stop_validation_if_asked(self, module: "StreamedModule") -> None:
+        """Do the same within a validation, which a resumed run then does as a whole; several processes finish it.
+
+        Raises:
+            Stopped: Then.
+        """
+        trainer = module.trainer
+        if self.received and trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.world_size == 1:
+            validate_again_after_resume(trainer, module)
+            self._stop(module, self.received)
+
+    def _stop(self, module: "StreamedModule", number: int) -> None:
+        trainer = module.trainer
+        path = checkpoint_path(trainer)
+        if path is not None:
+            trainer.save_checkpoint(path)
+        name, steps = signal.Signals(number).name, f"{trainer.global_step:,} optimizer steps"
+        if path is None:
+            rank_zero_info(f"Ended by {name} after {steps}. Nothing was saved: the run saves no checkpoints.")
+        else:
+            rank_zero_info(f"Ended by {name} after {steps}. Go on with --ckpt_path {path} (fit(..., ckpt_path=...)).")
+        raise Stopped(number, path)
+
+
+def checkpoint_path(trainer: pl.Trainer) -> Path | None:
+    """Return where a run that is asked to end saves: its ``last.ckpt``, or where that would be; None if nowhere."""
+    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    if not savers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    saver = next((each for each in savers if each.save_last and not each.save_weights_only), savers[0])
+    saver.last_model_path = saver.last_model_path or saver.format_checkpoint_name({}, saver.CHECKPOINT_NAME_LAST)
+    return Path(saver.last_model_path)
