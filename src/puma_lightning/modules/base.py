@@ -103,7 +103,6 @@ class StreamedModule(pl.LightningModule):
         make_saving_safe(self.trainer)
         keep_double_precision(self.trainer, self)
         if stage == "fit":
-            self.stopping.begin(self.trainer)
             self.loading.begin(self)
 
     def teardown(self, stage: str) -> None:
@@ -122,7 +121,7 @@ class StreamedModule(pl.LightningModule):
         """
         self.starting_weights.load_once(self)
         check_finite_weights(self, self.trainer)
-        if self.trainer.state.fn == "fit":
+        if self.trainer.sanity_checking:
             self.stopping.begin(self.trainer)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start

@@ -130,6 +130,11 @@ def log_metrics(trainer: pl.Trainer, metrics: dict[str, Any]) -> None:
     trainer._logger_connector.log_metrics(metrics)
 
 
+def forget_sigterm(trainer: pl.Trainer) -> None:
+    """Have Lightning not end a run on a SIGTERM that its own handler has seen."""
+    trainer._signal_connector.received_sigterm = False
+
+
 def cluster_environment(trainer: pl.Trainer) -> Any:
     """Return what started the processes of a run; None if nothing did."""
     return trainer._accelerator_connector.cluster_environment

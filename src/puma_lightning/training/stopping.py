@@ -12,7 +12,11 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from puma_lightning.training.lightning_internals import cluster_environment, validate_again_after_resume
+from puma_lightning.training.lightning_internals import (
+    cluster_environment,
+    forget_sigterm,
+    validate_again_after_resume,
+)
 
 if TYPE_CHECKING:
     from puma_lightning.modules.base import StreamedModule
@@ -51,11 +55,11 @@ class GracefulStop:
         """Listen from now on. Lightning's own handler of SIGTERM waits for other processes, which may never answer."""
         if threading.current_thread() is not threading.main_thread():
             return
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if getattr(cluster_environment(trainer), "auto_requeue", False):
-            numbers.remove(
-                signal.SIGTERM
-            )  # it follows the signal on which Lightning has saved and queued the run again
+        numbers = [signal.SIGINT]
+        # On SLURM it may follow the signal on which Lightning has saved the run and queued it again.
+        if not getattr(cluster_environment(trainer), "auto_requeue", False):
+            numbers.append(signal.SIGTERM)
+            forget_sigterm(trainer)  # what came so far has been noted here too
         for number in numbers:
             handler = signal.getsignal(number)
             if handler != self._note:
@@ -64,7 +68,7 @@ class GracefulStop:
 
     def connect(self, trainer: pl.Trainer) -> None:
         """Prepare the exchange between processes. To be called on all of them, at the start of training."""
-        self.received, self._pending = 0, None
+        self._pending = None
         if trainer.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
 
@@ -83,7 +87,7 @@ class GracefulStop:
         for number, handler in self._before.items():
             if handler is not None:
                 signal.signal(number, handler)
-        self._before = {}
+        self._before, self.received = {}, 0
 
     def _agreed(self, trainer: pl.Trainer) -> int:
         """Return the signal on which all processes act after this batch; 0 for none."""
@@ -103,9 +107,8 @@ class GracefulStop:
         Raises:
             Stopped: Then, on all processes.
         """
-        trainer = module.trainer
-        number = self._agreed(trainer)
-        if number and (trainer.max_steps == -1 or trainer.global_step < trainer.max_steps):
+        number = self._agreed(module.trainer)
+        if number and not _is_over(module.trainer):
             self._stop(module, number)
 
     def stop_validation_if_asked(self, module: "StreamedModule") -> None:
@@ -115,7 +118,8 @@ class GracefulStop:
             Stopped: Then.
         """
         trainer = module.trainer
-        if self.received and trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.world_size == 1:
+        in_training = trainer.state.fn == "fit" and not trainer.sanity_checking and not _is_over(trainer)
+        if self.received and in_training and trainer.world_size == 1:
             validate_again_after_resume(trainer, module)
             self._stop(module, self.received)
 
@@ -129,7 +133,13 @@ class GracefulStop:
             rank_zero_info(f"Ended by {name} after {steps}. Nothing was saved: the run saves no checkpoints.")
         else:
             rank_zero_info(f"Ended by {name} after {steps}. Go on with --ckpt_path {path} (fit(..., ckpt_path=...)).")
+        self.end()
         raise Stopped(number, path)
+
+
+def _is_over(trainer: pl.Trainer) -> bool:
+    """Tell whether the last step is done: the run ends by itself then, and nothing is left to go on with."""
+    return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
 
 
 def checkpoint_path(trainer: pl.Trainer) -> Path | None:

@@ -1,0 +1,171 @@
+"""A run that is asked to end: saved after a batch, 128 + the signal's number, and gone on with exactly."""
+
+import copy
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from puma_lightning.cli import newest_checkpoint, resume_command
+from puma_lightning.modules import MaskedDiffusion
+from puma_lightning.training.stopping import GracefulStop, Stopped
+
+V, MASK, LENGTH = 6, 5, 8
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vocab_size = V
+        self.embed = nn.Embedding(V, 8)
+        self.drop = nn.Dropout(0.1)
+        self.out = nn.Linear(8, V)
+
+    def forward(self, xt: Tensor) -> Tensor:
+        h = self.embed(xt)
+        return self.out(self.drop(torch.tanh(h + h.mean(1, keepdim=True))))
+
+
+class Signal(pl.Callback):
+    """Sends this process a signal: in a training batch, or in a batch of a validation."""
+
+    def __init__(self, number: int, at: int, validation: bool = False) -> None:
+        self.number, self.at, self.validation = number, at, validation
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.validation and trainer.fit_loop.epoch_loop.total_batch_idx == self.at:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.validation and trainer.fit_loop.epoch_loop.total_batch_idx == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+class Losses(pl.Callback):
+    def __init__(self) -> None:
+        self.train: dict[int, float] = {}
+        self.validation: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.train[trainer.fit_loop.epoch_loop.total_batch_idx] = outputs["loss"].item()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        index = trainer.fit_loop.epoch_loop.total_batch_idx
+        self.validation[index] = trainer.callback_metrics["val/loss"].item()
+
+
+def run(folder: Path | None, *callbacks: pl.Callback, ckpt: Path | None = None, ema: bool = True) -> tuple[Losses, Any]:
+    """Train 16 batches, 8 an epoch, with an update every 2 and a validation every 4."""
+    pl.seed_everything(0, verbose=False)
+    x0 = torch.randint(MASK, (32, LENGTH), generator=torch.Generator().manual_seed(0))
+    loader = DataLoader([{"input_ids": row, "prompt_mask": torch.zeros(LENGTH, dtype=torch.bool)} for row in x0], 4)
+    module = MaskedDiffusion(Backbone(), MASK, optimizer=partial(torch.optim.AdamW, lr=0.01), scheduler=None)
+    losses = Losses()
+    average = [EMAWeightAveraging(use_buffers=False, decay=0.8)] if ema else []
+    save = [ModelCheckpoint(folder, save_last=True, every_n_train_steps=100)] if folder else []
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=8,
+        accumulate_grad_batches=2,
+        val_check_interval=4,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(folder),
+        callbacks=[*average, losses, *callbacks, *save],
+    )
+    trainer.fit(module, loader, loader, ckpt_path=ckpt)
+    return losses, {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("at", "validation"), [(0, False), (4, False), (7, False), (3, True), (7, True)])
+def test_a_signal_saves_after_the_batch_and_a_resumed_run_is_the_undisturbed_one(tmp_path, number, at, validation):
+    """Within an accumulation window, at an epoch's end, and in the midst of a validation, averaged weights in place."""
+    whole, weights = run(tmp_path / "whole")
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped:
+        run(tmp_path, Signal(number, at, validation))
+    assert stopped.value.code == 128 + number
+    assert stopped.value.checkpoint == tmp_path / "last.ckpt"
+    assert signal.getsignal(number) == before
+    rest, resumed = run(tmp_path, ckpt=tmp_path / "last.ckpt")
+    assert rest.train == {index: loss for index, loss in whole.train.items() if index > at}
+    assert rest.validation == {index: loss for index, loss in whole.validation.items() if index >= at}
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+
+
+def test_a_run_that_saves_nothing_says_so_and_ends(capfd):
+    """There is nothing to go on from."""
+    with pytest.raises(Stopped) as stopped:
+        run(None, Signal(signal.SIGTERM, 2))
+    assert stopped.value.checkpoint is None
+
+
+def test_a_signal_in_the_last_batch_changes_nothing(tmp_path):
+    """The run is over with it."""
+    losses, _ = run(tmp_path, Signal(signal.SIGTERM, 15))
+    assert len(losses.train) == 16
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    """By what was there before: for Ctrl-C an exception, which Lightning turns into an exit."""
+
+    class Twice(Signal):
+        def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            super().on_after_backward(trainer, pl_module)
+            super().on_after_backward(trainer, pl_module)
+
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, Twice(signal.SIGINT, 2))
+    assert not isinstance(ended.value, Stopped)
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_a_run_after_a_stopped_one_runs(tmp_path):
+    """In the same process, with the same module."""
+    with pytest.raises(Stopped):
+        run(tmp_path, Signal(signal.SIGTERM, 2))
+    assert len(run(tmp_path)[0].train) == 16
+
+
+def test_copies_of_a_module_do_not_listen():
+    """An average of the weights is one."""
+    stop = GracefulStop()
+    stop.received, stop._before = 15, {15: signal.SIG_DFL}
+    assert copy.deepcopy(stop).received == 0 and copy.deepcopy(stop)._before == {}
+
+
+# --- going on ---
+
+
+def test_the_newest_version_of_a_run_that_has_a_checkpoint_is_gone_on_with(tmp_path):
+    """By time, not by number; ``last`` before others; a version that was killed at its start has none."""
+    run = tmp_path / "sudoku" / "puma"
+    with pytest.raises(ValueError, match=rf"ckpt_path: expected a run with a checkpoint in {run}.*got none; give"):
+        newest_checkpoint(run)
+    for number, name in enumerate(["version_0/checkpoints/last.ckpt", "version_10/checkpoints/last.ckpt"]):
+        (run / name).parent.mkdir(parents=True)
+        (run / name).touch()
+        os.utime(run / name, (number, number))
+    (run / "version_11" / "checkpoints").mkdir(parents=True)
+    assert newest_checkpoint(run) == run / "version_10/checkpoints/last.ckpt"
+    other = run / "version_11" / "checkpoints" / "best.ckpt"
+    other.touch()
+    assert newest_checkpoint(run) == run / "version_10/checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize("given", [[], ["--ckpt_path", "old one.ckpt"], ["--ckpt_path=old.ckpt"]])
+def test_the_command_that_goes_on_is_the_one_that_began(given):
+    """With another checkpoint, and quoted for a shell."""
+    command = resume_command(["fit", *given, "--config", "my runs/a.yaml"], Path("runs/a b/last.ckpt"))
+    assert command == "puma fit --config 'my runs/a.yaml' --ckpt_path 'runs/a b/last.ckpt'"
