@@ -1,11 +1,11 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
 
 try:
     import fcntl
@@ -22,50 +22,108 @@ def replacing(path: Path) -> Iterator[Path]:
     Whatever happens in between, a kill or a full disk too, ``path`` is as it was before. What a killed process leaves
     behind is cleared away by the next one that writes into the folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    clear_unfinished(path.parent)
-    temporary, file = _create_locked(path)
-    try:
-        with file:
-            yield temporary
-            os.fsync(file.fileno())
+    with _unfinished(path, _create_file) as temporary:
+        yield temporary
+        _flush(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    _flush_folder(path.parent)
+
+
+@contextmanager
+def replacing_folder(path: Path, is_good: Callable[[Path], bool]) -> Iterator[Path]:
+    """Give a folder beside ``path`` to fill, which takes the place of ``path`` once it is whole and on the disk.
+
+    As with ``replacing``, ``path`` is as it was before until then.
+
+    Args:
+        path: The folder.
+        is_good: Tells whether what stands at ``path`` in the end, which another process may have made in the meantime,
+            is as good as this one; it is kept then.
+    """
+    with _unfinished(path, Path.mkdir) as temporary:
+        yield temporary
+        for part in (temporary, *temporary.rglob("*")):
+            _flush_folder(part) if part.is_dir() else _flush(part)
+        with ExitStack() as stack:
+            _lock(path.parent, stack)
+            if path.exists() and is_good(path):
+                return
+            # A folder that is not empty can't be replaced in one step: who finds none in between makes one.
+            old = _unfinished_name(path)
+            with suppress(FileNotFoundError):
+                os.rename(path, old)
+            os.rename(temporary, path)
+            _delete(old)
     _flush_folder(path.parent)
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete what dead processes left of files that they were writing into a folder; the living hold theirs locked."""
+    """Delete what dead processes left of what they were writing into a folder; the living hold theirs locked."""
     if fcntl is None:
         return
     for path in folder.glob(f".*{UNFINISHED}"):
         # Somebody else may clear it away at the same time, and a folder may be for reading only.
-        with suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        with suppress(OSError), _opened(path) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _delete(path)
 
 
-def _create_locked(path: Path) -> tuple[Path, IO[Any]]:
-    """Create a file beside ``path`` that nobody clears away while this process lives and has it open."""
-    while True:
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{UNFINISHED}")
-        file = temporary.open("xb")
-        if fcntl is None:
-            return temporary, file
-        with suppress(OSError):  # a file system without locks, which has nothing cleared away either
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if temporary.exists():  # between the last two lines it looked abandoned
-            return temporary, file
-        file.close()
+@contextmanager
+def _unfinished(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """Give what is created beside ``path``, which nobody else clears away; in the end it is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_unfinished(path.parent)
+    with ExitStack() as stack:
+        while True:
+            temporary = _unfinished_name(path)
+            create(temporary)
+            _lock(temporary, stack)
+            if temporary.exists():  # else it looked abandoned between the last two lines
+                break
+        try:
+            yield temporary
+        finally:
+            _delete(temporary)
+
+
+def _unfinished_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{UNFINISHED}")
+
+
+def _create_file(path: Path) -> None:
+    path.open("xb").close()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _lock(path: Path, stack: ExitStack) -> None:
+    """Lock a file or a folder until the stack is closed, where there are locks."""
+    # Where a file system has none nothing is cleared away either. What is gone is noticed by the caller.
+    with suppress(OSError):
+        if fcntl is not None:
+            fcntl.flock(stack.enter_context(_opened(path)), fcntl.LOCK_EX)
+
+
+def _flush(file: Path) -> None:
+    with file.open("r+b") as opened:
+        os.fsync(opened.fileno())
 
 
 def _flush_folder(folder: Path) -> None:
     """Have the names in a folder survive a loss of power, where the system can do so."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    with suppress(OSError), _opened(folder) as handle:
+        os.fsync(handle)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from puma_lightning.data.cache import replacing
 from puma_lightning.data.sudoku.board import ORDERS, Boards
 from puma_lightning.data.sudoku.files import read_boards, read_puzzles, write_csv
 from puma_lightning.data.sudoku.generate import generate
@@ -188,15 +187,6 @@ def test_puzzles_alone_need_no_solution(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("1100" + "0" * 12)
     with pytest.raises(ValueError, match=r"a\.txt, line 1: expected different clues"):
         read_puzzles(tmp_path / "a.txt", 4)
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("old")
-    with pytest.raises(RuntimeError), replacing(tmp_path / "a.csv") as temporary:
-        temporary.write_text("half of the new")
-        raise RuntimeError
-    assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
-    assert (tmp_path / "a.csv").read_text() == "old"
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")

@@ -1,8 +1,5 @@
 import multiprocessing
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,33 +92,6 @@ def test_a_version_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert make(tmp_path).folder != made.folder
 
 
-@pytest.mark.parametrize("file", ["tokens.npy", "prompt.npy", "end.npy", "answers.json", "meta.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone", "header"])
-def test_a_damaged_cache_is_made_again(tmp_path: Path, file: str, damage: str) -> None:
-    made = make(tmp_path, answers=True)
-    tokens = made.__getitems__(range(10))
-    path = made.folder / file
-    content = path.read_bytes()
-    path.unlink()
-    if damage != "gone":
-        path.write_bytes(content[:-1] if damage == "cut" else b"\xff" * 20 + content[20:])
-    with pytest.warns(UserWarning, match=r"damaged cache \(.*building it again"):
-        again = make(tmp_path, answers=True)
-    mended = again.__getitems__(range(10))
-    assert torch.equal(mended["input_ids"], tokens["input_ids"]) and mended["answer"] == tokens["answer"]
-    cached(tmp_path, RECIPE, L, V, never)
-    assert list(tmp_path.iterdir()) == [made.folder]
-
-
-def test_a_cache_of_another_tokenizer_is_made_again(tmp_path: Path) -> None:
-    other = make(tmp_path, {"tokenizer": "other"})
-    mine = make(tmp_path, {"tokenizer": "mine"}, n=3).folder
-    for file in mine.iterdir():
-        file.write_bytes((other.folder / file.name).read_bytes())
-    with pytest.warns(UserWarning, match="another tokenizer"):
-        assert len(make(tmp_path, {"tokenizer": "mine"}, n=3)) == 6
-
-
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     def fail(writer: TokenWriter) -> None:
         fill(writer)
@@ -130,30 +100,6 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, RECIPE, L, V, fail)
     assert not list(tmp_path.iterdir())
-
-
-CRASH = """
-import os, sys
-from pathlib import Path
-import numpy as np
-from puma_lightning.data.text.token_cache import cached
-
-def build(writer):
-    writer.write(np.ones((5, 6), int), np.ones(5, int), np.ones(5, int))
-    os._exit(9)
-
-cached(Path(sys.argv[1]), {"rows": "some"}, 6, 50, build)
-"""
-
-
-def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
-    assert subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], check=False).returncode == 9
-    (leftover,) = tmp_path.iterdir()
-    assert leftover.suffix == ".tmp"
-    alive = leftover.with_name(leftover.name.replace(leftover.name.split(".")[-3], str(os.getpid())))
-    alive.mkdir()
-    dataset = make(tmp_path)
-    assert len(dataset) == 10 and sorted(tmp_path.iterdir()) == sorted([dataset.folder, alive])
 
 
 def wait_and_make(folder: str, barrier: Any) -> None:

@@ -150,9 +150,10 @@ def test_cached(tmp_path: Path) -> None:
     get(1)
     get(0, 270)
     assert len(calls) == 3
-    for file in tmp_path.iterdir():
-        file.write_text(file.read_text()[:1000])
-    with pytest.warns(UserWarning, match="damaged cache; training the tokenizer again"):
+    for folder in tmp_path.iterdir():
+        file = folder / "tokenizer.json"
+        file.write_text(file.read_text().replace('"the"', '"teh"'))  # would pass for another tokenizer
+    with pytest.warns(UserWarning, match=r"tokenizer-.*: damaged cache .*tokenizer.json.*; building it again"):
         assert get().fingerprint == TRAINED.fingerprint
     assert len(calls) == 4
 

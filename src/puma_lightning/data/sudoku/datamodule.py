@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from puma_lightning.data.base import at_least, make_loader
 from puma_lightning.data.batch import Batch
-from puma_lightning.data.cache import DEFAULT_CACHE, cache_folder
+from puma_lightning.data.cache import DEFAULT_CACHE, cache_folder, contents_of
 from puma_lightning.data.sudoku.board import Boards, order_of_cells, random_symmetry
 from puma_lightning.data.sudoku.cache import cached
 from puma_lightning.data.sudoku.files import read_boards, read_puzzles
@@ -243,7 +243,9 @@ class SudokuDataModule(pl.LightningDataModule):
         def build() -> dict[str, Boards]:
             return {"all": read_boards(file, self.order, limit, progress=True)}
 
-        return cached(self.cache_dir, {"order": self.order, "limit": limit, **_identity(file)}, build)["all"]
+        return cached(
+            self.cache_dir, {"order": self.order, "limit": limit, "file": contents_of([file], self.cache_dir)}, build
+        )["all"]
 
     def _held_out(self) -> dict[str, Boards]:
         file, num_train, num_val = self.files["train"][0], self.limits["train"], self.limits["val"]
@@ -255,13 +257,7 @@ class SudokuDataModule(pl.LightningDataModule):
             return hold_out(boards, num_val or min(1000, -(-len(boards.puzzles) // 10)), self.seed)
 
         recipe = {"order": self.order, "train": num_train, "val": num_val, "seed": self.seed}
-        return cached(self.cache_dir, {**recipe, **_identity(file)}, build)
-
-
-def _identity(file: Path) -> dict[str, object]:
-    """Return what changes when a file does, in JSON's types."""
-    status = file.stat()
-    return {"file": str(file), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        return cached(self.cache_dir, {**recipe, "file": contents_of([file], self.cache_dir)}, build)
 
 
 def _existing(argument: str, files: str | list[str] | None) -> list[Path]:

@@ -17,9 +17,9 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from puma_lightning.data.cache import replacing
 from puma_lightning.data.sudoku.board import Boards, Grid, geometry, is_solved
 from puma_lightning.data.sudoku.solver import solve
+from puma_lightning.files import replacing
 
 SUFFIXES = (".csv", ".csv.gz", ".txt", ".txt.gz", ".npy")
 _Line = tuple[int, tuple[str, ...]]

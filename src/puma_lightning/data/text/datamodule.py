@@ -200,7 +200,7 @@ class TextDataModule(pl.LightningDataModule):
         """
         if name not in self.sources:
             raise ValueError(f"{name}_file: expected a file or a data set on the hub, got none; give one")
-        return self.sources[name].load(self.cache_dir / "datasets", self.text_unit)
+        return self.sources[name].load(self.cache_dir, self.text_unit)
 
     def stream(self, name: str) -> "IterableDataset":
         """Return the rows of a set as they come, with ``streaming``. Override this method for rows from elsewhere.
@@ -218,7 +218,7 @@ class TextDataModule(pl.LightningDataModule):
         It is part of the cache's name. Override it where that is known without loading the rows.
         """
         if name in self.sources:
-            return {**self.sources[name].identity(), "text_unit": self.text_unit}
+            return {**self.sources[name].identity(self.cache_dir), "text_unit": self.text_unit}
         return {"fingerprint": self._loaded_rows(name)._fingerprint}
 
     def encode(self, rows: dict[str, list[Any]], tokenize: Tokenize) -> Sequence[Example]:

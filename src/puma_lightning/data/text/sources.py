@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from puma_lightning.data.cache import contents_of, from_cache
 from puma_lightning.hub import from_hub
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SMALL = 64 * 2**20  # bytes read too fast for a progress bar
 # Opening a file touches a page of each of its blocks, so that memory grows with their number.
 _ROWS_IN_A_BLOCK = 20_000
+# Raise it when the same files give other rows than before.
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,14 @@ class Source:
     kind: str = ""
     hub: tuple[str, str | None, str] = ("", None, "")
 
-    def identity(self) -> dict[str, object]:
-        """Return what changes when the rows do, in JSON's types."""
+    def identity(self, cache_dir: Path) -> dict[str, object]:
+        """Return what changes when the rows do, in JSON's types; hashes of files are remembered in ``cache_dir``."""
         if not self.files:
             return {"hub": list(self.hub)}
-        status = [(str(file), file.stat()) for file in self.files]
-        return {"files": [[name, each.st_size, each.st_mtime_ns] for name, each in status]}
+        return {"files": contents_of(self.files, cache_dir)}
 
     def load(self, cache_dir: Path, text_unit: str = "line") -> Dataset:
-        """Read the rows; ``datasets`` keeps them in its own format in ``cache_dir``.
+        """Read the rows, and keep them in ``cache_dir`` in the format of the ``datasets`` library.
 
         Raises:
             ValueError: If the files can't be read or hold nothing, or the hub has no such data set or is out of reach.
@@ -57,9 +60,30 @@ class Source:
             name, config, split = self.hub
             with from_hub(self.argument, name, f"local files ({', '.join(KINDS)})"):
                 return datasets.load_dataset(
-                    name, config, split=split, cache_dir=str(cache_dir), writer_batch_size=_ROWS_IN_A_BLOCK
+                    name, config, split=split, cache_dir=str(cache_dir / "datasets"), writer_batch_size=_ROWS_IN_A_BLOCK
                 )
-        size, options = self._size(), {**self._options(text_unit), "writer_batch_size": _ROWS_IN_A_BLOCK}
+
+        def write(path: Path) -> dict[str, Any]:
+            with TemporaryDirectory(dir=path) as rest:
+                for number, part in enumerate(self._read(Path(rest), text_unit).cache_files):
+                    os.replace(part["filename"], path / f"{number:05}.arrow")
+            return {}
+
+        def read(path: Path, _: dict[str, Any]) -> Dataset:
+            return datasets.concatenate_datasets([datasets.Dataset.from_file(str(part)) for part in _parts(path)])
+
+        recipe = {"version": _VERSION, "text_unit": text_unit, **self.identity(cache_dir)}
+        return from_cache(cache_dir, "rows", recipe, write, read)
+
+    def _read(self, cache_dir: Path, text_unit: str) -> Dataset:
+        import datasets
+
+        size = self._size()
+        options: dict[str, Any] = {
+            **self._options(text_unit),
+            "writer_batch_size": _ROWS_IN_A_BLOCK,
+            "keep_in_memory": False,
+        }
         with _quiet(size < _SMALL):
             try:
                 rows = datasets.load_dataset(
@@ -142,6 +166,10 @@ def find_source(argument: str, given: str | list[str], split: str) -> Source:
             f"{sorted(endings)}; give files of one format"
         )
     return Source(argument, tuple(files), str(kinds.pop()))
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.arrow"))
 
 
 def _looks_local(name: str) -> bool:

@@ -1,11 +1,6 @@
-"""Fixed-length sequences on disk: memory-mapped tokens, named by a hash of all that determines them."""
+"""Fixed-length sequences on disk: memory-mapped tokens, see ``puma_lightning.data.cache``."""
 
-import hashlib
 import json
-import os
-import shutil
-import socket
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,14 +9,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, default_collate
 
+from puma_lightning.data.cache import facts_of, from_cache
+
 # Raise it when the same recipe gives other sequences than before.
-_VERSION = 1
-_META = "meta.json"
+_VERSION = 2
 _ANSWERS = "answers.json"
 
 
@@ -38,9 +33,9 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        meta = json.loads((folder / _META).read_text())
-        self.counts: dict[str, int] = meta["counts"]
-        self.rows: int = meta["rows"]
+        facts = facts_of(folder)
+        self.counts: dict[str, int] = facts["counts"]
+        self.rows: int = facts["rows"]
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._prompt = np.load(folder / "prompt.npy", mmap_mode="r")
         self._end = np.load(folder / "end.npy", mmap_mode="r")
@@ -81,7 +76,7 @@ class TokenWriter:
     """A cache folder that is being made, to which sequences are appended.
 
     Args:
-        folder: The folder.
+        folder: The folder, which is empty.
         length: L.
         vocab_size: V; decides between 16 and 32 bits for each token.
 
@@ -133,15 +128,12 @@ class TokenWriter:
         if answers is not None:
             self._answers = [*(self._answers or ()), *answers]
 
-    def close(self, recipe: Mapping[str, object]) -> None:
-        """Complete the folder."""
+    def close(self) -> None:
+        """Complete the files."""
         self._write_headers()
         self._stack.close()
         if self._answers is not None:
             (self.folder / _ANSWERS).write_text(json.dumps(self._answers))
-        sizes = {file.name: file.stat().st_size for file in self.folder.iterdir()}
-        meta = {"recipe": recipe, "rows": self.rows, "counts": self.counts, "sizes": sizes}
-        (self.folder / _META).write_text(json.dumps(meta, indent=1))
 
     def abort(self) -> None:
         """Close the files."""
@@ -158,11 +150,7 @@ class TokenWriter:
 def cached(
     folder: Path, recipe: Mapping[str, object], length: int, vocab_size: int, build: Callable[[TokenWriter], None]
 ) -> TokenDataset:
-    """Return the sequences of a recipe, from disk if they were made before.
-
-    A cache that was cut off, or that is not what its name says, is made again with a notice; contents of the right
-    size are not read through. Processes may do this at the same time: each writes a folder of its own, and the first
-    to finish is kept.
+    """Return the sequences of a recipe, from disk if they were made before, see ``puma_lightning.data.cache``.
 
     Args:
         folder: Where the cache is; made if absent.
@@ -171,67 +159,15 @@ def cached(
         vocab_size: V.
         build: Writes the sequences; called if there are none yet, or damaged ones.
     """
-    text = json.dumps({"version": _VERSION, "length": length, **recipe}, sort_keys=True)
-    path = folder / f"tokens-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
-    recipe = json.loads(text)
-    if path.exists():
-        if (problem := _problem(path, recipe)) is None:
-            return TokenDataset(path)
-        rank_zero_warn(f"{path}: damaged cache ({problem}); building it again")
-    folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    temporary = folder / f"{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary.mkdir()
-    writer = TokenWriter(temporary, length, vocab_size)
-    try:
-        build(writer)
-        writer.close(recipe)
-        _publish(temporary, path, recipe)
-    finally:
-        writer.abort()
-        shutil.rmtree(temporary, ignore_errors=True)
-    return TokenDataset(path)
 
+    def write(path: Path) -> dict[str, Any]:
+        writer = TokenWriter(path, length, vocab_size)
+        try:
+            build(writer)
+            writer.close()
+        finally:
+            writer.abort()
+        return {"rows": writer.rows, "counts": dict(writer.counts)}
 
-def _problem(path: Path, recipe: Mapping[str, object]) -> str | None:
-    """Return what is wrong with a finished cache, or None if nothing is."""
-    try:
-        meta = json.loads((path / _META).read_text())
-        if meta["recipe"] != recipe:
-            return "made by another recipe, for example another tokenizer"
-        for name, size in meta["sizes"].items():
-            if (found := (path / name).stat().st_size) != size:
-                return f"{name} has {found:,} bytes instead of {size:,}"
-        TokenDataset(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _publish(temporary: Path, path: Path, recipe: Mapping[str, object]) -> None:
-    try:
-        os.rename(temporary, path)
-    except OSError:
-        if path.is_dir() and _problem(path, recipe) is None:
-            return  # another process was faster
-        os.rename(path, temporary.with_suffix(".old.tmp"))
-        os.rename(temporary, path)
-        shutil.rmtree(temporary.with_suffix(".old.tmp"), ignore_errors=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Delete what killed processes of this machine left behind."""
-    for leftover in folder.glob(f"tokens-*.{socket.gethostname()}.*.tmp"):
-        process = leftover.name.removesuffix(".tmp").split(f".{socket.gethostname()}.")[1].split(".")[0]
-        if process.isdigit() and not _alive(int(process)):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    recipe = {"version": _VERSION, "length": length, **recipe}
+    return from_cache(folder, "tokens", recipe, write, lambda path, _: TokenDataset(path))

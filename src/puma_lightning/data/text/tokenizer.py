@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from puma_lightning.data.cache import replacing
+from puma_lightning.data.cache import from_cache
 from puma_lightning.hub import from_hub
 
 # Otherwise tokenizers warns whenever a DataLoader forks workers; they tokenise nothing.
@@ -20,7 +21,7 @@ EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP
 TRAINED_EOS_ID, TRAINED_MASK_ID = 0, 1
 _ALPHABET = 256
 # Raise it when the same recipe gives another tokenizer than before.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -157,17 +158,15 @@ def cached_tokenizer(
         mask_token: See ``train_tokenizer``.
     """
     names = check_trained(vocab_size, eos_token, mask_token), mask_token
-    key = json.dumps({"version": _VERSION, "vocab_size": vocab_size, "special": names, **recipe}, sort_keys=True)
-    path = folder / f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
-    if path.exists():
-        try:
-            return prepare_tokenizer(load_tokenizer(str(path)), *names)
-        except ValueError:
-            rank_zero_warn(f"{path}: damaged cache; training the tokenizer again")
-    tokenizer = train_tokenizer(texts(), vocab_size, *names)
-    with replacing(path) as temporary:
-        tokenizer.save(str(temporary))
-    return prepare_tokenizer(tokenizer, *names)
+    recipe = {"version": _VERSION, "vocab_size": vocab_size, "special": names, **recipe}
+
+    def write(path: Path) -> dict[str, Any]:
+        train_tokenizer(texts(), vocab_size, *names).save(str(path / "tokenizer.json"))
+        return {}
+
+    return from_cache(
+        folder, "tokenizer", recipe, write, lambda path, _: prepare_tokenizer(load_tokenizer(str(path)), *names)
+    )
 
 
 def check_trained(vocab_size: int, eos_token: str | None, mask_token: str) -> str:
