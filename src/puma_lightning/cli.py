@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,30 @@ class PumaCLI(ConfigWinsCLI):
             ("model.init_args.backbone.init_args.vocab_size", _vocab_size),
             ("model.init_args.eos_id", _eos_id),
         ):
-            parser.link_arguments("data", target, compute_fn=offered, apply_on="instantiate")
+            parser.link_arguments("data", target, compute_fn=self._linked(target, offered), apply_on="instantiate")
+
+    def _linked(self, target: str, offered: Callable[[LightningDataModule], int | None]) -> Callable[[Any], int | None]:
+        """Return a function that takes a value from the DataModule, and refuses another one that was given as well."""
+
+        def taken(data: LightningDataModule) -> int | None:
+            value, run = offered(data), self.config[self.subcommand] if self.subcommand else self.config
+            given = run.get(target)
+            if given not in (None, value):
+                raise ValueError(
+                    f"{target}: expected {value}, which is what the data has, got {given}, which would not be used; "
+                    "leave it out"
+                )
+            return value
+
+        return taken
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Refuse a seed that no generator takes, which would be a traceback from numpy."""
+        super().parse_arguments(parser, args)
+        run = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        seed = run.get("seed_everything")
+        if not isinstance(seed, bool | None) and not 0 <= seed < 2**32:
+            parser.error(f"seed_everything: expected 0..{2**32 - 1}, got {seed}; choose another")
 
     def before_instantiate_classes(self) -> None:
         """Name the run; refuse an unreadable checkpoint before anything is built."""

@@ -337,7 +337,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [SudokuDataModule, TextDataModule])
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("", "got an empty name"), ("{}/file", "is a file"), ("{}/file/below", "is a file"), ("~nobody-here/x", "home")],
+    [("", "got ''"), ("{}/file", "is a file"), ("{}/file/below", "is a file"), ("~nobody-here/x", "home")],
 )
 def test_a_folder_that_cannot_be_one_is_refused_at_once(tmp_path: Path, kind: Any, name: str, message: str) -> None:
     (tmp_path / "file").touch()

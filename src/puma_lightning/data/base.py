@@ -2,14 +2,20 @@
 
 import inspect
 import operator
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+# Processes that load batches, at most.
+_WORKERS_OF_A_CORE = 64
 
 Decode = Callable[[Tensor, Tensor | None], dict[str, str]]
 
@@ -210,11 +216,102 @@ def at_least(argument: str, value: int, low: int) -> int:
     """Return the value of an argument.
 
     Raises:
-        ValueError: If it is below ``low``; the message names the argument.
+        ValueError: If it is no integer, or below ``low``; the message names the argument.
     """
+    if not _is_integer(value):
+        raise ValueError(f"{argument}: expected an integer of at least {low}, got {_short(value)}; correct it")
     if value < low:
         raise ValueError(f"{argument}: expected at least {low}, got {value}; raise it")
+    return operator.index(value)
+
+
+def in_range(argument: str, value: int, low: int, high: int) -> int:
+    """Return the value of an argument.
+
+    Raises:
+        ValueError: If it is no integer, or not in ``low..high``; the message names the argument.
+    """
+    if at_least(argument, value, low) > high:
+        raise ValueError(f"{argument}: expected at most {high:,}, got {value:,}; lower it")
+    return operator.index(value)
+
+
+def check_seed(seed: int) -> int:
+    """Return a seed; the range is that of ``seed_everything``.
+
+    Raises:
+        ValueError: If it is no integer of 32 bits.
+    """
+    return in_range("seed", seed, 0, 2**32 - 1)
+
+
+def check_workers(num_workers: int) -> int:
+    """Return a number of processes, and warn of one that slows this machine down.
+
+    Raises:
+        ValueError: If it is negative, or more than the machine can bear.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = cores * _WORKERS_OF_A_CORE
+    if at_least("num_workers", num_workers, 0) > most:
+        raise ValueError(
+            f"num_workers: expected at most {most} processes ({_WORKERS_OF_A_CORE} for each of {cores} cores), got "
+            f"{num_workers:,}; lower it (loading is fast enough for 0)"
+        )
+    if num_workers > cores:
+        rank_zero_warn(
+            f"num_workers: {num_workers} processes share {cores} cores, which is slower than fewer; loading is fast "
+            "enough for 0"
+        )
+    return operator.index(num_workers)
+
+
+def check_name(argument: str, value: Any) -> str:
+    """Return a name, such as that of a column.
+
+    Raises:
+        ValueError: If it is no text, or blank.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{argument}: expected a name, got {_short(value)}; give one")
     return value
+
+
+def paths_of(argument: str, given: Any) -> list[str]:
+    """Return the paths that an argument names, one or a list; warn of one that is named twice.
+
+    Raises:
+        ValueError: If it names nothing, or something else.
+    """
+    listed = list(given) if isinstance(given, list | tuple) else [given]
+    if not listed or not all(isinstance(each, str | os.PathLike) and str(each).strip() for each in listed):
+        raise ValueError(f"{argument}: expected a path, or a list of them, got {_short(given)}; name a file")
+    paths = [os.fspath(each) for each in listed]
+    for twice in sorted({path for path in paths if paths.count(path) > 1}):
+        rank_zero_warn(f"{argument}: {twice} is named more than once, and is read as often")
+    return paths
+
+
+def warn_of_training_data(trained_on: Mapping[str, Iterable[Any]], judged_by: Mapping[str, Iterable[Any]]) -> None:
+    """Warn if a model is judged by what it is trained on: legitimate, but seldom meant.
+
+    Args:
+        trained_on: Paths, or other names of data, by argument.
+        judged_by: The same.
+    """
+
+    def identity(name: Any) -> Any:
+        with suppress(OSError, TypeError, ValueError):  # not a path
+            status = os.stat(name)
+            return status.st_dev, status.st_ino
+        return name
+
+    for argument, names in trained_on.items():
+        known = {identity(name) for name in names}
+        for other, others in judged_by.items():
+            for name in others:
+                if identity(name) in known:
+                    rank_zero_warn(f"{other}: {name} is also in {argument}, so it tells what was learned by heart")
 
 
 def _takes_two(decode: Any) -> bool:

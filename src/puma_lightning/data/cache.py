@@ -37,8 +37,8 @@ def cache_folder(cache_dir: str) -> Path:
     if cache_dir == DEFAULT_CACHE and os.environ.get("XDG_CACHE_HOME"):
         cache_dir = os.path.join(os.environ["XDG_CACHE_HOME"], "puma_lightning")
     expected = "cache_dir: expected a folder, or the name of one to be made,"
-    if not str(cache_dir).strip():
-        raise ValueError(f"{expected} got an empty name; name one")
+    if not isinstance(cache_dir, str | os.PathLike) or not str(cache_dir).strip():
+        raise ValueError(f"{expected} got {cache_dir!r}; name one")
     try:
         folder = Path(cache_dir).expanduser()
     except RuntimeError as error:

@@ -1,5 +1,6 @@
 """Sudoku as a DataModule: built-in puzzles of order 4, 6 and 9, or puzzles from files."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,10 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from puma_lightning.data.base import at_least, make_loader
+from puma_lightning.data.base import (
+    at_least,
+    check_seed,
+    check_workers,
+    in_range,
+    make_loader,
+    paths_of,
+    warn_of_training_data,
+)
 from puma_lightning.data.batch import Batch
 from puma_lightning.data.cache import DEFAULT_CACHE, cache_folder, contents_of
-from puma_lightning.data.sudoku.board import Boards, order_of_cells, random_symmetry
+from puma_lightning.data.sudoku.board import ORDERS, Boards, order_of_cells, random_symmetry
 from puma_lightning.data.sudoku.cache import cached
 from puma_lightning.data.sudoku.files import read_boards, read_puzzles
 from puma_lightning.data.sudoku.generate import clue_range, hold_out, make_splits
@@ -23,6 +32,9 @@ _BUILT_IN_SIZES = {
     6: {"test": 500, "val": 500, "train": 2_000},
     9: {"test": 1_000, "val": 1_000, "train": 20_000},
 }
+
+# An epoch's order is drawn at once; beyond this it takes long, and much memory.
+_SEQUENCES_OF_AN_EPOCH = 10**8
 
 
 class SudokuDataset(Dataset[Batch]):
@@ -133,6 +145,8 @@ class SudokuDataModule(pl.LightningDataModule):
         cache_dir: str = DEFAULT_CACHE,
     ) -> None:
         super().__init__()
+        if isinstance(order, float) or order not in ORDERS:
+            raise ValueError(f"order: expected one of {ORDERS}, got {order!r}; choose one of these")
         self.sequence_length = sequence_length(order, layout)
         self.vocab_size = order + 2
         self.mask_id = order + 1
@@ -145,8 +159,8 @@ class SudokuDataModule(pl.LightningDataModule):
         self.eval_batch_size = at_least(
             "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1
         )
-        self.num_workers = at_least("num_workers", num_workers, 0)
-        self.seed = seed
+        self.num_workers = check_workers(num_workers)
+        self.seed = check_seed(seed)
         self.limits = {"train": num_train, "val": num_val, "test": num_test}
         for name, limit in self.limits.items():
             if limit is not None:
@@ -157,6 +171,10 @@ class SudokuDataModule(pl.LightningDataModule):
             "test": _existing("test_file", test_file),
             "predict": _existing("predict_file", predict_file),
         }
+        if num_train or not self.files["train"]:
+            self._check_augment(num_train or _BUILT_IN_SIZES[order]["train"])
+        judged_by = {f"{name}_file": self.files[name] for name in ("val", "test")}
+        warn_of_training_data({"train_file": self.files["train"]}, judged_by)
         self.val_names = _names("val", self.files["val"])
         self.test_names = _names("test", self.files["test"])
         self.cache_dir = cache_folder(cache_dir)
@@ -177,6 +195,8 @@ class SudokuDataModule(pl.LightningDataModule):
         for name in self._needed(stage):
             augment = self.augment if name == "train" else 1
             boards = self._boards(name)
+            if name == "train":
+                self._check_augment(len(boards[0].puzzles))
             self._sets[name] = [SudokuDataset(each, self.layout, augment, self.seed) for each in boards]
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -199,6 +219,9 @@ class SudokuDataModule(pl.LightningDataModule):
         """Return the board in a sequence (L,) as one line of digits, . for a cell that has none."""
         cells = board_of(tokens, self.order).tolist()
         return {"text": "".join(str(cell) if 1 <= cell <= self.order else "." for cell in cells)}
+
+    def _check_augment(self, puzzles: int) -> None:
+        in_range(f"augment (copies of {puzzles:,} puzzles)", self.augment, 1, _SEQUENCES_OF_AN_EPOCH // puzzles)
 
     def _loader(self, dataset: SudokuDataset, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
         return make_loader(dataset, batch_size, shuffle, self.num_workers)
@@ -254,7 +277,7 @@ class SudokuDataModule(pl.LightningDataModule):
             # What is held out comes on top of the training puzzles asked for; 1,000 is the most by default.
             limit = num_train + (num_val or min(1000, -(-num_train // 9))) if num_train else None
             boards = read_boards(file, self.order, limit, progress=True)
-            return hold_out(boards, num_val or min(1000, -(-len(boards.puzzles) // 10)), self.seed)
+            return hold_out(boards, num_val or min(1000, -(-len(boards.puzzles) // 10)), self.seed, progress=True)
 
         recipe = {"order": self.order, "train": num_train, "val": num_val, "seed": self.seed}
         return cached(self.cache_dir, {**recipe, "file": contents_of([file], self.cache_dir)}, build)
@@ -262,8 +285,8 @@ class SudokuDataModule(pl.LightningDataModule):
 
 def _existing(argument: str, files: str | list[str] | None) -> list[Path]:
     """Return the files of an argument as absolute paths; raise ``ValueError`` if one is absent."""
-    listed = [files] if isinstance(files, str) else files or []
-    paths = [Path(file).expanduser().absolute() for file in listed]
+    given = [] if files is None else paths_of(argument, files)
+    paths = [Path(os.path.expanduser(file)).absolute() for file in given]
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{argument}: expected a file, got none at {path}; check the path")

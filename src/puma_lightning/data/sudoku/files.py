@@ -16,6 +16,7 @@ from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from puma_lightning.data.sudoku.board import Boards, Grid, geometry, is_solved
 from puma_lightning.data.sudoku.solver import solve
@@ -204,7 +205,7 @@ def _read_npy(path: Path, order: int, limit: int | None) -> tuple[Grid, Grid, _L
     # One row may not touch the border, so only the whole file tells whether counting starts at 0 or at 1.
     parts = range(0, len(table), _NPY_ROWS_AT_ONCE)
     lows, highs = [], []
-    for start in parts:
+    for start in tqdm(parts, desc=f"Reading {path.name}", unit=" parts", delay=2):
         places = table[start : start + _NPY_ROWS_AT_ONCE, 1:].reshape(-1, 81, 4)[:, :, :2]
         lows.append(places.min(axis=(1, 2)))
         highs.append(places.max(axis=(1, 2)))
@@ -216,7 +217,7 @@ def _read_npy(path: Path, order: int, limit: int | None) -> tuple[Grid, Grid, _L
 
     n = len(table) if limit is None else min(limit, len(table))
     puzzles, solutions = np.zeros((2, n, 81), np.uint8)
-    for start in range(0, n, _NPY_ROWS_AT_ONCE):
+    for start in tqdm(range(0, n, _NPY_ROWS_AT_ONCE), desc=f"Checking {path.name}", unit=" parts", delay=2):
         rows = np.arange(start, min(start + _NPY_ROWS_AT_ONCE, n))
         block = np.asarray(table[rows]).astype(np.int64)
         here = _Lines("row", rows + 1)

@@ -30,6 +30,7 @@ FEWEST_CLUES = {4: 4, 6: 8, 9: 17}  # no puzzle with fewer has one solution (McG
 # 288 solved 4x4 grids are symmetric to one of these two.
 _GRIDS_OF_ORDER_4 = ("1234341221434321", "1234341223414123")
 _ATTEMPTS = 512
+_KEYS_AT_ONCE = 20_000
 # Attempts without a new puzzle before we say that there are no more.
 _PATIENCE = 20_000
 
@@ -41,8 +42,9 @@ def clue_range(order: int, clues: Clues | None) -> tuple[int, int]:
         ValueError: If no puzzle with one solution has that number of clues, or the range is empty.
     """
     wanted = DEFAULT_CLUES[geometry(order).order] if clues is None else clues
-    low, high = (wanted, wanted) if isinstance(wanted, int) else wanted
-    if not FEWEST_CLUES[order] <= low <= high < order * order:
+    low, high = wanted if isinstance(wanted, tuple | list) and len(wanted) == 2 else (wanted, wanted)
+    whole = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in (low, high))
+    if not whole or not FEWEST_CLUES[order] <= low <= high < order * order:
         raise ValueError(
             f"clues: expected a number or a (low, high) range within {FEWEST_CLUES[order]}..{order**2 - 1} "
             f"for order {order}, got {clues!r}; choose others"
@@ -203,13 +205,14 @@ def make_splits(
     return {name: boards.take(slice(end - sizes[name], end)) for name, end in zip(sizes, ends, strict=True)}
 
 
-def hold_out(boards: Boards, size: int, seed: int) -> dict[str, Boards]:
+def hold_out(boards: Boards, size: int, seed: int, progress: bool = False) -> dict[str, Boards]:
     """Split boards into ``val``, ``size`` of them at random, and ``train``, those equivalent to none of ``val``.
 
     Args:
         boards: N boards.
         size: How many to hold out.
         seed: Any integer.
+        progress: Show a progress bar on stderr.
 
     Returns:
         The boards ``train`` and ``val``, each in their old order.
@@ -218,7 +221,13 @@ def hold_out(boards: Boards, size: int, seed: int) -> dict[str, Boards]:
         ValueError: If nothing is left to train on.
     """
     rows = np.sort(random_permutations(hash_keys(seed), len(boards.puzzles))[0, :size])
-    keys = equivalence_key(boards)
+    starts = range(0, len(boards.puzzles), _KEYS_AT_ONCE)
+    with tqdm(total=len(boards.puzzles), desc="Comparing Sudokus", unit="", disable=not progress, delay=2) as bar:
+        parts = []
+        for start in starts:
+            parts.append(equivalence_key(boards.take(slice(start, start + _KEYS_AT_ONCE))))
+            bar.update(len(parts[-1]))
+    keys = np.concatenate(parts)
     rest = np.flatnonzero(~np.isin(keys, keys[rows]))
     if not len(rest):
         raise ValueError(

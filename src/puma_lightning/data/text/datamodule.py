@@ -18,10 +18,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from puma_lightning.data.base import at_least, make_loader
+from puma_lightning.data.base import (
+    at_least,
+    check_name,
+    check_seed,
+    check_workers,
+    in_range,
+    make_loader,
+    warn_of_training_data,
+)
 from puma_lightning.data.cache import DEFAULT_CACHE, cache_folder
 from puma_lightning.data.text.layout import Example, Padding
-from puma_lightning.data.text.rows import Rows, Selection
+from puma_lightning.data.text.rows import Rows, Selection, texts_of
 from puma_lightning.data.text.sources import find_source
 from puma_lightning.data.text.streaming import TextStream, digest
 from puma_lightning.data.text.token_cache import TokenDataset, TokenWriter, cached, collate
@@ -30,6 +38,7 @@ from puma_lightning.data.text.tokenizer import (
     TRAINED_EOS_ID,
     TRAINED_MASK_ID,
     TextTokenizer,
+    as_texts,
     cached_tokenizer,
     check_trained,
     load_tokenizer,
@@ -41,6 +50,8 @@ if TYPE_CHECKING:
 
 TextUnit = Literal["line", "paragraph", "document"]
 Tokenize = Callable[[Sequence[object]], list[list[int]]]
+_LONGEST = 2**20  # tokens; some thousand sequences are in memory while they are made
+_VOCAB_SIZE = 4096  # of a tokenizer that is trained
 _TRAINED_ON_ROWS = 50_000
 _TRAINED_ON_CHARACTERS = 50_000_000
 _HELD_OUT_ROWS = 1_000  # of a stream
@@ -66,8 +77,8 @@ class TextDataModule(pl.LightningDataModule):
         text_unit: What is one row of a .txt file: a line, a paragraph (up to an empty line) or the whole file.
         tokenizer: A ``tokenizer.json``, a folder with one or with ``vocab.json`` and ``merges.txt``, or a name on the
             hub. Null: a byte-level BPE is trained from the training rows.
-        vocab_size: Size of a tokenizer that is trained, with EOS (id 0) and mask (id 1). Any other has its own; the
-            attribute of this name then tells it.
+        vocab_size: Size of a tokenizer that is trained, with EOS (id 0) and mask (id 1); null for 4,096. Any other
+            tokenizer has its own size, which the attribute of this name tells.
         eos_token: Name of the token at the end of a text; null for the tokenizer's own (one of the usual names), or a
             new one.
         mask_token: Name of the mask token; added to the tokenizer if it has none of this name.
@@ -114,7 +125,7 @@ class TextDataModule(pl.LightningDataModule):
         text_column: str = "text",
         text_unit: TextUnit = "line",
         tokenizer: str | None = None,
-        vocab_size: int = 4096,
+        vocab_size: int | None = None,
         eos_token: str | None = None,
         mask_token: str = "<|mask|>",
         sequence_length: int = 512,
@@ -137,9 +148,11 @@ class TextDataModule(pl.LightningDataModule):
             if value not in get_args(choices):
                 expected = ", ".join(get_args(choices))
                 raise ValueError(f"{argument}: expected one of {expected}, got {value!r}; choose one of these")
-        self.text_column = text_column
+        if not isinstance(packing, bool):
+            raise ValueError(f"packing: expected true or false, got {packing!r}; choose one of these")
+        self.text_column = check_name("text_column", text_column)
         self.text_unit = text_unit
-        self.sequence_length = at_least("sequence_length", sequence_length, 2)
+        self.sequence_length = in_range("sequence_length", sequence_length, 2, _LONGEST)
         self.packing = packing
         self.padding: Padding = padding
         self.min_answer_length = 1
@@ -147,8 +160,8 @@ class TextDataModule(pl.LightningDataModule):
         self.eval_batch_size = at_least(
             "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1
         )
-        self.num_workers = at_least("num_workers", num_workers, 0)
-        self.seed = at_least("seed", seed, 0)
+        self.num_workers = check_workers(num_workers)
+        self.seed = check_seed(seed)
         self.limits = {"train": num_train, "val": num_val, "test": num_test}
         for name, limit in self.limits.items():
             if limit is not None:
@@ -170,9 +183,12 @@ class TextDataModule(pl.LightningDataModule):
             )
         files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
         self.sources = {
-            name: find_source(f"{name}_file", given, _SPLITS[name]) for name, given in files.items() if given
+            name: find_source(f"{name}_file", given, _SPLITS[name])
+            for name, given in files.items()
+            if given is not None
         }
         self.held_out = val_file is None
+        self._warn_of_training_data("val", "test")
         self.val_names = ["val"]
         self.test_names = ["test"]
         self.cache_dir = cache_folder(cache_dir)
@@ -180,11 +196,17 @@ class TextDataModule(pl.LightningDataModule):
         self.mask_token = mask_token
         self._tokenizer: TextTokenizer | None = None
         if tokenizer is None:
-            check_trained(vocab_size, eos_token, mask_token)
-            self.vocab_size, self.eos_id, self.mask_id = vocab_size, TRAINED_EOS_ID, TRAINED_MASK_ID
+            self.vocab_size = _VOCAB_SIZE if vocab_size is None else vocab_size
+            check_trained(self.vocab_size, eos_token, mask_token)
+            self.eos_id, self.mask_id = TRAINED_EOS_ID, TRAINED_MASK_ID
         else:
             self._tokenizer = prepare_tokenizer(load_tokenizer(tokenizer), eos_token, mask_token)
             self.vocab_size = self._tokenizer.vocab_size
+            if vocab_size not in (None, self.vocab_size):
+                rank_zero_warn(
+                    f"vocab_size: {vocab_size} is not used, as the tokenizer {tokenizer} has {self.vocab_size} tokens "
+                    "of its own; leave one of the two out"
+                )
             self.eos_id, self.mask_id = self._tokenizer.eos_id, self._tokenizer.mask_id
         self._sets: dict[str, TokenDataset | TextStream] = {}
         self._loaded: dict[str, Dataset] = {}
@@ -232,11 +254,11 @@ class TextDataModule(pl.LightningDataModule):
             For each row its token ids and how many of them, from the start, are the prompt; None to skip the row. EOS
             is put after the ids, and before an example without a prompt.
         """
-        return [(ids, 0) for ids in tokenize(rows[self.text_column])]
+        return [(ids, 0) for ids in tokenize(texts_of(rows, self.text_column))]
 
     def encode_prompt(self, rows: dict[str, list[Any]], tokenize: Tokenize) -> Sequence[list[int] | None]:
         """Return the token ids of each prompt, for rows of which only the prompt is known (``predict``)."""
-        return [[self.eos_id, *ids] for ids in tokenize(rows[self.text_column])]
+        return [[self.eos_id, *ids] for ids in tokenize(texts_of(rows, self.text_column))]
 
     def answers(self, rows: Rows, name: str) -> list[str] | None:
         """Return the gold answers of some rows of a set, which its batches then carry as ``answer``; None without."""
@@ -316,6 +338,12 @@ class TextDataModule(pl.LightningDataModule):
 
     # How it is done.
 
+    def _warn_of_training_data(self, *names: str) -> None:
+        known = {name: (*source.files, *filter(any, [source.hub])) for name, source in self.sources.items()}
+        warn_of_training_data(
+            {"train_file": known.get("train", ())}, {f"{name}_file": known[name] for name in names if name in known}
+        )
+
     def _eval_loaders(self, names: list[str]) -> DataLoader[Any] | list[DataLoader[Any]]:
         loaders = [make_loader(self._sets[n], self.eval_batch_size, False, self.num_workers, collate) for n in names]
         return loaders[0] if len(loaders) == 1 else loaders
@@ -348,7 +376,7 @@ class TextDataModule(pl.LightningDataModule):
             texts: list[str] = []
 
             def note(given: Sequence[object], texts: list[str] = texts) -> list[list[int]]:
-                texts += ["" if text is None else str(text) for text in given]
+                texts += as_texts(given)
                 return [[self.eos_id] for _ in given]
 
             self.encode(rows, note)

@@ -40,6 +40,26 @@ class Rows(dict[str, list[Any]]):
         )
 
 
+def texts_of(rows: dict[str, list[Any]], column: str) -> list[str]:
+    """Return a column of texts; None becomes an empty one.
+
+    Args:
+        rows: Some rows; ``Rows``, to be told which one is wrong.
+        column: The column's name.
+
+    Raises:
+        ValueError: If it holds something else, which would be trained on as Python prints it.
+    """
+    argument, index = (rows.argument, rows.index) if isinstance(rows, Rows) else ("rows", range(len(rows[column])))
+    for value, number in zip(rows[column], index, strict=True):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"{argument}: expected texts in the column {column!r}, got {value!r:.80} ({type(value).__name__}) in "
+                f"row {number + 1}; turn it into a text, or name another column"
+            )
+    return ["" if value is None else value for value in rows[column]]
+
+
 @dataclass
 class Selection:
     """Some rows of a data set, in its order.

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from puma_lightning.data.base import paths_of
 from puma_lightning.data.cache import contents_of, from_cache
 from puma_lightning.hub import from_hub
 
@@ -141,9 +142,9 @@ def find_source(argument: str, given: str | list[str], split: str) -> Source:
         split: The split of a data set on the hub that names none.
 
     Raises:
-        ValueError: If there is no such file, or its format is unknown.
+        ValueError: If no file is named, there is none of that name, or its format is unknown.
     """
-    names = [given] if isinstance(given, str) else given
+    names = paths_of(argument, given)
     if isinstance(given, str) and not _looks_local(given):
         name, config, own_split, *_ = [*given.split(":", 2), "", ""]
         return Source(argument, hub=(name, config or None, own_split or split))
@@ -157,8 +158,6 @@ def find_source(argument: str, given: str | list[str], split: str) -> Source:
             )
             raise ValueError(f"{argument}: expected a file, got none at {path}; {hint}")
         files += map(Path, found)
-    if not files:
-        raise ValueError(f"{argument}: expected a file or a data set on the hub, got an empty list; name one")
     kinds, endings = {_kind(file) for file in files}, {_ending(file) for file in files}
     if len(kinds) > 1 or None in kinds or (".tsv" in endings and len(endings) > 1):
         raise ValueError(
@@ -173,7 +172,7 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _looks_local(name: str) -> bool:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     rooted = path.is_absolute() or name.startswith((".", "~"))
     return rooted or path.exists() or _kind(path) is not None or any(sign in name.split(":")[0] for sign in "*?")
 

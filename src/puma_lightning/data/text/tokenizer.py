@@ -11,6 +11,7 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_info
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from puma_lightning.data.base import check_name, in_range
 from puma_lightning.data.cache import from_cache
 from puma_lightning.hub import from_hub
 
@@ -18,6 +19,7 @@ from puma_lightning.hub import from_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+LARGEST_VOCABULARY = 2**22
 TRAINED_EOS_ID, TRAINED_MASK_ID = 0, 1
 _ALPHABET = 256
 # Raise it when the same recipe gives another tokenizer than before.
@@ -49,12 +51,36 @@ class TextTokenizer:
 
     def encode(self, texts: Sequence[object]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens, on all cores. None counts as an empty text."""
-        strings = ["" if text is None else str(text) for text in texts]
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(strings, add_special_tokens=False)]
+        return _encode(self.tokenizer, as_texts(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def as_texts(values: Sequence[object]) -> list[str]:
+    """Return what is to be tokenised: texts as they are, numbers in digits, None as an empty text.
+
+    Raises:
+        ValueError: If there is something else.
+    """
+    for number, value in enumerate(values):
+        if isinstance(value, bool) or not (value is None or isinstance(value, str | int | float)):
+            raise ValueError(
+                f"tokenize: expected texts, got {value!r:.80} ({type(value).__name__}) as number {number + 1} of "
+                f"{len(values)}; turn it into a text in encode"
+            )
+    return ["" if value is None else str(value) for value in values]
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ValueError(
+            f"tokenizer: expected one that can encode any text, got: {error}; give it a token for what it does not "
+            "know, or name another one"
+        ) from error
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -67,7 +93,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises:
         ValueError: If there is none, or the file is something else.
     """
-    path = Path(name).expanduser()
+    name = check_name("tokenizer", os.fspath(name) if isinstance(name, os.PathLike) else name)
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
             path = path / "tokenizer.json"
@@ -173,10 +200,12 @@ def check_trained(vocab_size: int, eos_token: str | None, mask_token: str) -> st
     """Check the settings of a tokenizer that is still to be trained, and return the name of its EOS.
 
     Raises:
-        ValueError: If the vocabulary can't hold all bytes, or the special tokens have one name.
+        ValueError: If the vocabulary can't hold all bytes or is too large, or the special tokens have one name or none.
     """
-    eos_token = eos_token or EOS_NAMES[0]
-    if vocab_size < _ALPHABET + 2:
+    eos_token = EOS_NAMES[0] if eos_token is None else eos_token
+    check_name("mask_token", mask_token)
+    check_name("eos_token", eos_token)
+    if in_range("vocab_size", vocab_size, 0, LARGEST_VOCABULARY) < _ALPHABET + 2:
         raise ValueError(
             f"vocab_size: expected at least {_ALPHABET + 2} (all bytes, EOS and mask), got {vocab_size}; raise it"
         )
@@ -194,12 +223,16 @@ def prepare_tokenizer(tokenizer: Tokenizer, eos_token: str | None, mask_token: s
         mask_token: Name of the mask token.
 
     Raises:
-        ValueError: If EOS and mask are one token, or a text can contain the mask.
+        ValueError: If EOS and mask are one token, a text can contain the mask, or ids are too large.
     """
+    check_name("mask_token", mask_token)
+    if eos_token is not None:
+        check_name("eos_token", eos_token)
+    in_range("tokenizer (its greatest id)", max(tokenizer.get_vocab().values(), default=0), 0, LARGEST_VOCABULARY)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     known = (name for name in EOS_NAMES if tokenizer.token_to_id(name) is not None)
-    eos_token = eos_token or next(known, EOS_NAMES[0])
+    eos_token = next(known, EOS_NAMES[0]) if eos_token is None else eos_token
     if eos_token == mask_token:
         raise ValueError(f"mask_token: expected another token than EOS, got {mask_token!r} for both; name another one")
     for role, name in (("an EOS", eos_token), ("a mask", mask_token)):
@@ -210,7 +243,7 @@ def prepare_tokenizer(tokenizer: Tokenizer, eos_token: str | None, mask_token: s
     tokenizer.encode_special_tokens = True
     eos_id, mask_id = tokenizer.token_to_id(eos_token), tokenizer.token_to_id(mask_token)
     assert eos_id is not None and mask_id is not None
-    if mask_id in tokenizer.encode(mask_token, add_special_tokens=False).ids:
+    if mask_id in _encode(tokenizer, [mask_token])[0]:
         raise ValueError(
             f"mask_token: expected a token that no text contains, got {mask_token!r}, an ordinary one of this "
             "tokenizer; name one that it does not have"

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from puma_lightning.data.base import in_range
 from puma_lightning.data.cache import DEFAULT_CACHE
 from puma_lightning.data.text.layout import Padding
 from puma_lightning.data.word_problems.generate import make_problems
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 # Part of the cache's name: raise it when the same seed gives other problems than before.
 VERSION = 1
+# They are made in memory, and templates do not give many more.
+_MOST = 10_000_000
+_VOCAB_SIZE = 1024  # of a tokenizer that is trained
 
 
 class WordProblemsDataModule(TinyGSMDataModule):
@@ -27,7 +31,7 @@ class WordProblemsDataModule(TinyGSMDataModule):
         predict_file: Questions of your own to answer, with or without gold answers; null for the test problems.
         tokenizer: A ``tokenizer.json``, a folder with one or with ``vocab.json`` and ``merges.txt``, or a name on the
             hub. Null: a byte-level BPE is trained from the training problems.
-        vocab_size: Size of a tokenizer that is trained, with EOS (id 0) and mask (id 1); otherwise not used.
+        vocab_size: Size of a tokenizer that is trained, with EOS (id 0) and mask (id 1); null for 1,024.
         sequence_length: L, in tokens.
         padding: What is trained on after the program: ``eos``, ``first_eos`` or ``none``, see ``TinyGSMDataModule``.
         batch_size: Sequences in a training batch of one device.
@@ -47,7 +51,7 @@ class WordProblemsDataModule(TinyGSMDataModule):
         num_test: int = 1_000,
         predict_file: str | list[str] | None = None,
         tokenizer: str | None = None,
-        vocab_size: int = 1024,
+        vocab_size: int | None = None,
         sequence_length: int = 96,
         padding: Padding = "eos",
         batch_size: int = 32,
@@ -56,13 +60,15 @@ class WordProblemsDataModule(TinyGSMDataModule):
         seed: int = 0,
         cache_dir: str = DEFAULT_CACHE,
     ) -> None:
+        for name, number in (("num_train", num_train), ("num_val", num_val), ("num_test", num_test)):
+            in_range(name, number, 1, _MOST)
         super().__init__(
             train_file=None,
             gsm8k_file=None,
             predict_file=predict_file,
             answer_column="answer",
             tokenizer=tokenizer,
-            vocab_size=vocab_size,
+            vocab_size=_VOCAB_SIZE if vocab_size is None and tokenizer is None else vocab_size,
             sequence_length=sequence_length,
             padding=padding,
             num_train=num_train,
@@ -83,7 +89,7 @@ class WordProblemsDataModule(TinyGSMDataModule):
 
         recipe = self.identity(name)
         split = cast(Literal["train", "val", "test"], recipe["split"])
-        return Dataset.from_list(make_problems(recipe["number"], self.seed, split))
+        return Dataset.from_list(make_problems(recipe["number"], self.seed, split, progress=True))
 
     def identity(self, name: str) -> dict[str, Any]:
         if name in self.sources:

@@ -17,12 +17,16 @@ from functools import cache
 from types import CodeType
 from typing import Literal, TypeVar, get_args
 
+from tqdm import tqdm
+
 from puma_lightning.data.word_problems.templates import NOUNS, PEOPLE, TEMPLATES, Template
 
 Split = Literal["train", "val", "test"]
 
 # A template's numbers are dealt into so many shares: one is for val, one for test and the others for train.
 _SHARES = 16
+# Attempts without a new problem before we say that there are no more.
+_PATIENCE = 20_000
 _Any = TypeVar("_Any")
 
 
@@ -45,30 +49,41 @@ class Problem:
     answer: str
 
 
-def make_problems(number: int, seed: int, split: Split) -> list[dict[str, str]]:
+def make_problems(number: int, seed: int, split: Split, progress: bool = False) -> list[dict[str, str]]:
     """Make word problems with the programs that solve them, in the format of TinyGSM (arXiv:2312.09241).
 
     Args:
         number: How many.
         seed: Any integer; the same seed gives the same problems on every machine.
         split: No problem of one split shares its template and numbers with one of another, whatever the seeds.
+        progress: Show a progress bar on stderr.
 
     Returns:
         Different problems, as ``question``, ``code`` and ``answer``. A shorter list is the start of a longer one.
 
     Raises:
-        ValueError: If there is no such split, or ``number`` is negative.
+        ValueError: If there is no such split, ``number`` is negative, or there are not that many.
     """
     if split not in get_args(Split):
         raise ValueError(f"split: expected one of {', '.join(get_args(Split))}, got {split!r}; choose one of these")
     if number < 0:
         raise ValueError(f"number: expected 0 or more problems, got {number}; give how many you want")
     problems: dict[str, Problem] = {}
-    for index in itertools.count():
-        if len(problems) == number:
-            break
-        problem = attempt(seed, split, index)
-        problems.setdefault(problem.question, problem)
+    last_success = 0
+    with tqdm(total=number, desc="Making word problems", unit="", disable=not progress, delay=2) as bar:
+        for index in itertools.count():
+            if len(problems) == number:
+                break
+            problem = attempt(seed, split, index)
+            if problem.question not in problems:
+                problems[problem.question] = problem
+                last_success = index
+                bar.update()
+            elif index - last_success > _PATIENCE:
+                raise ValueError(
+                    f"num_{split}: expected {number:,} different word problems, got {len(problems):,} and no other in "
+                    f"{_PATIENCE:,} attempts; ask for fewer"
+                )
     return [{"question": p.question, "code": p.code, "answer": p.answer} for p in problems.values()]
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from puma_lightning.data.base import at_least
+from puma_lightning.data.base import at_least, check_name
 from puma_lightning.data.cache import DEFAULT_CACHE
 from puma_lightning.data.text.datamodule import TextDataModule, Tokenize
 from puma_lightning.data.text.layout import Example, Padding
-from puma_lightning.data.text.rows import Rows
+from puma_lightning.data.text.rows import Rows, texts_of
 from puma_lightning.data.text.sources import find_source
 from puma_lightning.programs import parse_number
 
@@ -35,8 +35,8 @@ class TinyGSMDataModule(TextDataModule):
         separator: What stands between question and program; part of the prompt.
         tokenizer: A ``tokenizer.json``, a folder with one or with ``vocab.json`` and ``merges.txt``, or a name on the
             hub. Null: a byte-level BPE is trained from the training rows.
-        vocab_size: Size of a tokenizer that is trained, with EOS (id 0) and mask (id 1). Any other has its own; the
-            attribute of this name then tells it.
+        vocab_size: Size of a tokenizer that is trained, with EOS (id 0) and mask (id 1); null for 4,096. Any other
+            tokenizer has its own size, which the attribute of this name tells.
         eos_token: Name of the token at the end of a program; null for the tokenizer's own (one of the usual names), or
             a new one.
         mask_token: Name of the mask token; added to the tokenizer if it has none of this name. (The paper uses
@@ -79,7 +79,7 @@ class TinyGSMDataModule(TextDataModule):
         answer_column: str | None = None,
         separator: str = "\n",
         tokenizer: str | None = None,
-        vocab_size: int = 4096,
+        vocab_size: int | None = None,
         eos_token: str | None = None,
         mask_token: str = "<|mask|>",
         sequence_length: int = 512,
@@ -116,23 +116,26 @@ class TinyGSMDataModule(TextDataModule):
             seed=seed,
             cache_dir=cache_dir,
         )
-        self.question_column = question_column
-        self.code_column = code_column
-        self.answer_column = answer_column
+        self.question_column = check_name("question_column", question_column)
+        self.code_column = check_name("code_column", code_column)
+        self.answer_column = None if answer_column is None else check_name("answer_column", answer_column)
+        if not isinstance(separator, str):
+            raise ValueError(f"separator: expected a text, got {separator!r}; give one")
         self.separator = separator
         self.min_answer_length = at_least("min_answer_length", min_answer_length, 1)
         at_least("sequence_length", sequence_length, min_answer_length + 1)
-        if gsm8k_file:
+        self.limits["gsm8k"] = None if num_gsm8k is None else at_least("num_gsm8k", num_gsm8k, 1)
+        if gsm8k_file is not None:
             self.sources["gsm8k"] = find_source("gsm8k_file", gsm8k_file, "test")
-            self.limits["gsm8k"] = None if num_gsm8k is None else at_least("num_gsm8k", num_gsm8k, 1)
             self.val_names = ["val", "gsm8k"]
             for name, given in (("test", test_file), ("predict", predict_file)):
-                if not given:
+                if given is None:
                     self.sources[name] = self.sources["gsm8k"]
+            self._warn_of_training_data("gsm8k")
 
     def encode(self, rows: dict[str, list[Any]], tokenize: Tokenize) -> Sequence[Example]:
         prompts = self.encode_prompt(rows, tokenize)
-        programs = tokenize(stripped(rows[self.code_column]))
+        programs = tokenize([text.strip() for text in texts_of(rows, self.code_column)])
         return [
             (prompt + program, len(prompt)) if prompt and program else None
             for prompt, program in zip(prompts, programs, strict=True)
@@ -140,7 +143,8 @@ class TinyGSMDataModule(TextDataModule):
 
     def encode_prompt(self, rows: dict[str, list[Any]], tokenize: Tokenize) -> Sequence[list[int] | None]:
         (separator,) = tokenize([self.separator])
-        return [ids + separator if ids else None for ids in tokenize(stripped(rows[self.question_column]))]
+        questions = [text.strip() for text in texts_of(rows, self.question_column)]
+        return [ids + separator if ids else None for ids in tokenize(questions)]
 
     def answers(self, rows: Rows, name: str) -> list[str] | None:
         column = "answer" if self.prompts_only(name) else self.answer_column
@@ -153,11 +157,6 @@ class TinyGSMDataModule(TextDataModule):
 
     def prompts_only(self, name: str) -> bool:
         return name in ("gsm8k", "test", "predict")
-
-
-def stripped(texts: list[Any]) -> list[str]:
-    """Return texts without the white space around them; None becomes an empty text."""
-    return ["" if text is None else str(text).strip() for text in texts]
 
 
 def gold_answer(answer: object, where: str = "answer") -> str:
