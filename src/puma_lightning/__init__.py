@@ -17,6 +17,7 @@ from puma_lightning.chain.teacher import (
     RandomMasking,
     SelfAlignedMasking,
 )
+from puma_lightning.data.batch import pad_collate
 from puma_lightning.data.sudoku.datamodule import SudokuDataModule
 from puma_lightning.data.text.datamodule import TextDataModule
 from puma_lightning.data.word_problems import TinyGSMDataModule, WordProblemsDataModule
@@ -61,5 +62,6 @@ __all__ = [
     "UnmaskingTrajectory",
     "WarmupCosine",
     "WordProblemsDataModule",
+    "pad_collate",
     "reveal",
 ]

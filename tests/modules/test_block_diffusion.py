@@ -30,7 +30,6 @@ from puma_lightning import (
 )
 from puma_lightning.chain.blocks import cut_blocks
 from puma_lightning.chain.chains import Chains
-from puma_lightning.chain.student import Sample
 from puma_lightning.modules.block_diffusion import CachedBlocks
 from puma_lightning.output.losses import masked_cross_entropy
 from puma_lightning.output.prediction import exclude_token
@@ -38,6 +37,7 @@ from puma_lightning.output.prediction import exclude_token
 V, MASK, EOS, LENGTH = 12, 11, 0, 12
 SMALL = dict(hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, max_length=32)
 seeds = st.integers(0, 2**31 - 1)
+NAMES = ("tokens", "reveal_step", "nfe")
 few = settings(max_examples=12, deadline=None)
 shifts = pytest.mark.parametrize("shifted", [False, True], ids=["aligned", "shifted"])
 
@@ -258,7 +258,7 @@ def test_cached_sampling_is_uncached_sampling(shifted, options, seed, size, toke
         logits.append(reader.logits)
     for a, b in zip(*logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
-    assert all(torch.equal(getattr(samples[0], name), getattr(samples[1], name)) for name in Sample.__annotations__)
+    assert all(torch.equal(getattr(samples[0], name), getattr(samples[1], name)) for name in NAMES)
 
 
 @shifts
@@ -609,14 +609,21 @@ def test_impossible_settings_are_refused(change, words):
         BlockDiffusion(**{"backbone": backbone(), "mask_id": MASK, "forward_process": RandomMasking(), **change})
 
 
-@pytest.mark.parametrize("size", [5, 24, [(0, 3), (1000, 5)]])
-def test_blocks_that_do_not_fill_the_sequence_are_refused_before_training(tmp_path, size):
-    model, losses = block_model(size), Losses()
-    with pytest.raises(
-        ValueError, match=r"a divisor of the sequence length 12, got (5|24); choose among 1, 2, 3, 4, 6, 12"
-    ):
-        trainer(tmp_path, callbacks=[losses]).fit(model, DataLoader(rows(), batch_size=4))
-    assert not losses.values
+@pytest.mark.parametrize("size, padded", [(5, 15), (24, 24), ([(0, 3), (2, 5)], 15)])
+def test_blocks_that_do_not_fill_the_sequence_are_padded_and_that_is_said(tmp_path, size, padded):
+    """No position is trained on that is not there, also after the blocks have changed."""
+    model, losses, seen = block_model(size), Losses(), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append((batch["xt"] == MASK).any(0))
+            assert batch["chains"].x0.shape[1] * batch["chains"].num_blocks == padded
+            assert batch["attention_mask"][:, :LENGTH].all() and not batch["attention_mask"][:, LENGTH:].any()
+
+    with pytest.warns(UserWarning, match=f"sequences of length 12, which are padded to {padded}"):
+        trainer(tmp_path, max_steps=5, callbacks=[losses, Watch()]).fit(model, DataLoader(rows(), batch_size=4))
+    assert len(losses.values) == 5 and torch.stack(seen).any(0)[2:LENGTH].all()
+    assert not torch.stack(seen)[:, LENGTH:].any()
 
 
 def test_the_sampler_of_the_whole_canvas_is_refused_by_name(tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
-from puma_lightning.chain.blocks import cut_blocks
+from puma_lightning.chain.blocks import cut_blocks, join_blocks
 from puma_lightning.chain.stages import StepSchedule
 from puma_lightning.chain.teacher import (
     ForwardProcess,
@@ -25,6 +25,7 @@ from puma_lightning.chain.teacher import (
     RandomMasking,
     SelfAlignedMasking,
 )
+from puma_lightning.data.batch import pad_collate
 from puma_lightning.training.sequences import CleanSequences, derived_seed
 from puma_lightning.training.stream import Stream
 
@@ -443,17 +444,136 @@ def test_a_model_that_needs_a_first_position_is_told_of_every_sequence_without_o
         supply.take(4)
 
 
-def test_lengths_must_agree_between_batches_too():
-    """Each batch may be rectangular, yet not the data set."""
+# --- sequences of different lengths ---
 
-    class Growing(Rows):
-        def __getitem__(self, i: int) -> dict[str, Tensor]:
-            return {"input_ids": torch.ones(6 if i < 4 else 7).long()}
 
-    supply = clean(DataLoader(Growing(8), batch_size=4))
-    supply.take(4)
-    with pytest.raises(ValueError, match="one length, got lengths 6 and 7"):
-        supply.take(4)
+class Ragged(Rows):
+    """The i-th sequence has i % 9 + 2 positions, of which the first is given and the first two say i."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        length = i % 9 + 2
+        return {
+            "input_ids": torch.tensor([i // 10, i % 10] + [8] * (length - 2)),
+            "prompt_mask": torch.arange(length) < 1,
+        }
+
+
+class ByLength(Backwards):
+    """A sampler that groups sequences by length."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(range(self.size), key=lambda i: i % 9))
+
+
+RAGGED: dict[str, Any] = {
+    "shuffle": lambda n, **kw: DataLoader(Ragged(n), shuffle=True, collate_fn=pad_collate, **kw),
+    "grouped": lambda n, **kw: DataLoader(Ragged(n), sampler=ByLength(n), collate_fn=pad_collate, **kw),
+}
+
+
+@pytest.mark.parametrize("loader", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize(
+    "process", [ProgressiveUnmasking(3), ProgressiveUnmasking(3, threshold=0.5), RandomMasking(), MixedMasking(0.5, 3)]
+)
+@pytest.mark.parametrize("block_size", [None, 4, [[0, 2], [9, 3]]])
+def test_ragged_sequences_are_padded_in_their_slots(process, loader, block_size):
+    """To the longest that is there, and a multiple of all block sizes; nothing is masked or counted that is not."""
+    stream = stream_of(process, loader(50, batch_size=4), block_size=block_size)
+    multiple = {None: 1, 4: 4}.get(block_size if isinstance(block_size, int | None) else 0, 6)
+    lengths = set()
+    for step, batch in zip(range(40), stream, strict=False):
+        chains, ids = batch["chains"], batch["input_ids"]
+        real = batch.get("attention_mask", torch.ones_like(ids).bool())
+        assert ("attention_mask" in batch) == (not real.all())
+        row_lengths = real.sum(1)
+        assert torch.equal(real, torch.arange(ids.shape[1]) < row_lengths[:, None])
+        assert ids.shape[1] == -(-int(row_lengths.max()) // multiple) * multiple
+        assert (batch["prompt_mask"] | real).all() and not ((batch["xt"] == MASK) & ~real).any()
+        assert (chains.answer_length.view(4, -1).sum(1) == row_lengths - 1).all()
+        assert (chains.masked.any(1) != chains.done).all()
+        assert stream.num_masked == chains.masked.sum()
+        lengths |= set(row_lengths.tolist())
+        predictions = torch.randn(*chains.xt.shape, V, generator=torch.Generator().manual_seed(step))
+        stream.advance(predictions.index_fill(2, torch.tensor([MASK]), -torch.inf), step)
+    assert lengths == set(range(2, 11))
+
+
+@pytest.mark.parametrize("loader", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize("block_size", [None, 4, [[0, 2], [9, 3]]])
+def test_a_ragged_stream_goes_on_exactly_where_it_stopped(loader, block_size):
+    def run(stream: Stream, first: int, last: int) -> list[dict[str, Tensor]]:
+        seen = []
+        for step, batch in zip(range(first, last), stream, strict=False):
+            seen.append({**batch["chains"].tensors()})
+            predictions = torch.randn(*batch["chains"].xt.shape, V, generator=torch.Generator().manual_seed(step))
+            stream.advance(predictions, step)
+        return seen
+
+    def fresh() -> Stream:
+        return stream_of(ProgressiveUnmasking(3, threshold=0.3), loader(50, batch_size=4), block_size=block_size)
+
+    whole = run(fresh(), 0, 24)
+    for stop in (1, 5, 10, 17):
+        first = fresh()
+        run(first, 0, stop)
+        file = io.BytesIO()
+        torch.save(first.snapshot(), file)
+        file.seek(0)
+        second = fresh()
+        second.restore(torch.load(file, weights_only=True))
+        for expected, found in zip(whole[stop:], run(second, stop, 24), strict=True):
+            assert expected.keys() == found.keys()
+            assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint of")
+@pytest.mark.parametrize("loader", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize("block_size", [None, 4, [[0, 2], [4, 3]]])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ragged_sequences_are_dealt_to_another_number_of_ranks(loader, block_size, ranks):
+    """Whole and as long as they were, whether they go on or wait."""
+
+    def run(stream: Stream, steps: int) -> None:
+        for step, batch in zip(range(steps), stream, strict=False):
+            chains = batch["chains"]
+            assert (chains.masked.any(1) != chains.done).all() and chains.masked.any()
+            predictions = torch.randn(*chains.xt.shape, V, generator=torch.Generator().manual_seed(step))
+            stream.advance(predictions, stream.step)
+
+    def held_rows(stream: Stream) -> list[list[int]]:
+        found = []
+        for chains in filter(None, stream.groups):
+            full = chains.with_attention()
+            ids, real = (join_blocks(rows, chains.num_blocks) for rows in (full.x0, full.attention_mask))
+            over = chains.done.view(len(ids), -1).all(1)
+            found += [row[kept].tolist() for row, kept, out in zip(ids, real, over, strict=True) if not out]
+        put_off = stream.sequences.supply()["waiting"]
+        if put_off is not None:
+            real = put_off.get("attention_mask", put_off["prompt_mask"] | True)
+            found += [row[kept].tolist() for row, kept in zip(put_off["input_ids"], real, strict=True)]
+        return found
+
+    process = ProgressiveUnmasking([[0, 2], [3, 4]], threshold=0.6)
+    before = [stream_of(process, loader(50, batch_size=4), 1, 10**6, 5, r, 2, block_size) for r in range(2)]
+    for stream in before:
+        run(stream, 6)
+    snapshots = [stream.snapshot() for stream in before]
+    after = [stream_of(process, loader(50, batch_size=2), 1, 10**6, 5, r, ranks, block_size) for r in range(ranks)]
+    for stream in after:
+        stream.restore_from(saved_and_loaded(snapshots))
+    expected = sorted(row for stream in before for row in held_rows(stream))
+    found = sorted(row for stream in after for row in held_rows(stream))
+    assert all(row in found for row in expected) and len(expected) <= len(found) <= max(len(expected), 2 * ranks)
+    for stream in after:
+        run(stream, 12)
+
+
+def test_a_snapshot_without_padding_is_as_it_was():
+    stream = stream_of(RandomMasking())
+    next(iter(stream))
+    snapshot = stream.snapshot()
+    assert set(snapshot) == {"seed", "step", "position", "num_slots", "num_sequences", "groups", "supply"}
+    assert set(snapshot["groups"][0]) == {"x0", "prompt_mask", "xt", "stage", "done", "num_stages"}
 
 
 @pytest.mark.parametrize(

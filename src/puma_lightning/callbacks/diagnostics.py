@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
@@ -53,7 +54,7 @@ class ChainDiagnostics(Callback):
         self.path: Path | None = None
         self.history: list[dict[str, float]] = []
         self._sums: dict[str, Tensor] = {}
-        self._ages: dict[int, Tensor] = {}
+        self._ages: dict[int, tuple[int, Tensor]] = {}  # by group: block length, and steps so far, (B, blocks)
         self._unmasking: Unmasking | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -92,15 +93,18 @@ class ChainDiagnostics(Callback):
         self._add("by_threshold", (revealed & confident).sum().float())
         self._add("steps", goes_on.sum().float())
 
-        age = self._ages.get(group)
-        if age is None or age.shape != before.done.shape:
+        size, blocks = before.x0.shape[1], before.num_blocks
+        size_before, age = self._ages.get(group, (0, None))
+        if age is None or (age.shape[1] != blocks and size != size_before):
             # When these chains started was not seen.
-            age = torch.full_like(loss, float("nan"))
+            age = loss.new_full((len(loss) // blocks, blocks), float("nan"))
+        # Among sequences of other lengths a sequence has other blocks of padding, which are over.
+        age = F.pad(age, (0, blocks - age.shape[1])).flatten()
         age = age + running
         ended = running & after.done
         self._add("length", age.masked_fill(~ended, 0).nansum())
         self._add("ended", (ended & ~age.isnan()).sum().float())
-        self._ages[group] = age.masked_fill(after.done, 0)
+        self._ages[group] = size, age.masked_fill(after.done, 0).view(-1, blocks)
 
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] = self._sums[name] + values if name in self._sums else values
@@ -147,8 +151,10 @@ class ChainDiagnostics(Callback):
         size = len(batch["xt"])
         rows = torch.linspace(0, size - 1, min(size, self.num_sequences), device=module.device).long()
         x0, prompt_mask = batch["input_ids"][rows], batch["prompt_mask"][rows]
+        padding = {name: mask[rows] for name, mask in batch.items() if name == "attention_mask"}
         with trainer.precision_plugin.forward_context():
-            sample = module.sample(x0, prompt_mask, self.sampler, module.evaluation_generator(0, 0))
+            generator = module.evaluation_generator(0, 0)
+            sample = module.sample(x0, prompt_mask, self.sampler, generator, **padding)
         cut = partial(cut_blocks, block_size=batch["chains"].x0.shape[1])
         masked, reveal_step = batch["xt"][rows] == module.mask_id, sample.reveal_step[:, : x0.shape[1]]
         return agreement(cut(masked), cut(prompt_mask), cut(reveal_step))

@@ -19,7 +19,7 @@ from puma_lightning.data.batch import Batch
 from puma_lightning.modules.generative import GenerativeModule, loader_suffix
 
 # What a metric's update can ask for, by name.
-GIVEN = ("tokens", "input_ids", "prompt_mask", "completions", "answers")
+GIVEN = ("tokens", "input_ids", "prompt_mask", "attention_mask", "completions", "answers")
 
 
 class GenerationEvaluation(Callback):
@@ -30,7 +30,8 @@ class GenerationEvaluation(Callback):
     mean number of forward passes. Each rank completes its own share of the set.
 
     Metrics get what the arguments of their ``update`` ask for: ``tokens``, ``input_ids``, ``prompt_mask``, all (B, L),
-    ``completions`` and ``answers``, lists of text. For ``completions`` the DataModule must offer
+    ``attention_mask``, which is None where nothing is padding, ``completions`` and ``answers``, lists of text. Padding
+    comes last, and is no part of a completion. For ``completions`` the DataModule must offer
     ``decode`` (see ``DataOffer``), for ``answers`` the batches must have an ``answer``. A metric that asks for answers
     ignores sets without them, and warns if no set has any.
 
@@ -108,7 +109,8 @@ class GenerationEvaluation(Callback):
         if trainer.sanity_checking:
             return
         assert isinstance(pl_module, GenerativeModule)
-        batch = {**batch, **pl_module.checked(batch)}
+        checked = pl_module.checked(batch)
+        batch = {**{name: column for name, column in batch.items() if name == "answer"}, **checked}
         seen = self._seen.get(dataloader_idx, 0)
         wanted = len(batch["input_ids"])
         if self.num_examples is not None:
@@ -133,12 +135,15 @@ class GenerationEvaluation(Callback):
             generator = pl_module.evaluation_generator(dataloader_idx, batch_idx)
             # Lightning runs callbacks outside of autocast.
             with trainer.precision_plugin.forward_context():
-                sample = pl_module.sample(batch["input_ids"], batch["prompt_mask"], sampler, generator)
-            texts = decoded(sample.tokens, batch["prompt_mask"], decode)
+                sample = pl_module.sample(
+                    batch["input_ids"], batch["prompt_mask"], sampler, generator, batch.get("attention_mask")
+                )
+            texts = decoded(sample.tokens, batch["prompt_mask"], decode, sample.attention_mask)
             judged = {
                 "tokens": sample.tokens,
                 "input_ids": batch["input_ids"],
                 "prompt_mask": batch["prompt_mask"],
+                "attention_mask": batch.get("attention_mask"),
                 "completions": [text.get("completion") for text in texts],
                 "answers": batch.get("answer"),
             }
@@ -226,13 +231,16 @@ def arguments(metric: Metric) -> list[str]:
     return list(inspect.signature(metric.update).parameters)
 
 
-def decoded(tokens: Tensor, prompt_mask: Tensor | None, decode: Decode | None) -> list[dict[str, str]]:
+def decoded(
+    tokens: Tensor, prompt_mask: Tensor | None, decode: Decode | None, attention_mask: Tensor | None = None
+) -> list[dict[str, str]]:
     """Return the texts of every row, by the ``decode`` of a DataModule; no texts without it.
 
     Args:
         tokens: Token ids (B, L).
         prompt_mask: True where a position is given (B, L); None if nothing is. It may be shorter than the tokens.
         decode: See ``DataOffer``.
+        attention_mask: False where a position is padding, which is left out (B, L); None if nothing is.
     """
     if decode is None:
         return [{} for _ in tokens]
@@ -240,4 +248,9 @@ def decoded(tokens: Tensor, prompt_mask: Tensor | None, decode: Decode | None) -
         # What was generated beyond the batch's length is answer.
         prompt_mask = F.pad(prompt_mask, (0, tokens.shape[1] - prompt_mask.shape[1])).cpu()
     given = [None] * len(tokens) if prompt_mask is None else prompt_mask
-    return [decode(row, mask) for row, mask in zip(tokens.cpu(), given, strict=True)]
+    if attention_mask is None:
+        return [decode(row, mask) for row, mask in zip(tokens.cpu(), given, strict=True)]
+    texts = []
+    for row, mask, real in zip(tokens.cpu(), given, attention_mask.cpu(), strict=True):
+        texts.append(decode(row[real], None if mask is None else mask[real]))
+    return texts

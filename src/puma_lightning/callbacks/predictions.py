@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,11 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append a batch to this rank's part."""
-        columns = {name: tensor.tolist() for name, tensor in prediction.items()}
+        prediction = dict(prediction)
+        real = prediction.pop("attention_mask", None)
+        columns = {name: _without_padding(tensor, real) for name, tensor in prediction.items()}
         size = len(next(iter(columns.values())))
-        described = self._described(trainer, prediction["tokens"], batch)
+        described = self._described(trainer, prediction["tokens"], batch, real)
         several = isinstance(trainer.predict_dataloaders, list | tuple) and len(trainer.predict_dataloaders) > 1
         with self._part(trainer.global_rank).open("a") as part:
             for row in range(size):
@@ -69,10 +71,10 @@ class PredictionWriter(BasePredictionWriter):
                     record = {"dataloader": dataloader_idx, **record}
                 part.write(json.dumps({**record, **described[row]}) + "\n")
 
-    def _described(self, trainer: pl.Trainer, tokens: Tensor, batch: Any) -> list[dict[str, Any]]:
+    def _described(self, trainer: pl.Trainer, tokens: Tensor, batch: Any, real: Tensor | None) -> list[dict[str, Any]]:
         """Return what can be said about each row beyond its tokens."""
-        given = batch if isinstance(batch, dict) else {}
-        rows: list[dict[str, Any]] = list(decoded(tokens, given.get("prompt_mask"), offer_of(trainer).decode))
+        given = batch if isinstance(batch, Mapping) else {}
+        rows: list[dict[str, Any]] = list(decoded(tokens, given.get("prompt_mask"), offer_of(trainer).decode, real))
         answers = given.get("answer")
         if answers is not None:
             rows = [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
@@ -96,3 +98,10 @@ class PredictionWriter(BasePredictionWriter):
         self.output.write_text("".join(json.dumps(record) + "\n" for record in records))
         for part in parts:
             part.unlink()
+
+
+def _without_padding(column: Tensor, real: Tensor | None) -> list[Any]:
+    """Return a column of predictions as lists, of the positions that are not padding."""
+    if real is None or column.shape != real.shape:
+        return list(column.tolist())
+    return [row[kept].tolist() for row, kept in zip(column, real, strict=True)]

@@ -60,7 +60,9 @@ class UnmaskingTrajectory(Callback):
         prompt_mask = batch["prompt_mask"][: self.num_examples]
         # Lightning runs callbacks outside of autocast.
         with trainer.precision_plugin.forward_context():
-            sample = pl_module.sample(input_ids, prompt_mask, self.sampler, pl_module.evaluation_generator(0, 0))
+            padding = {name: mask[: self.num_examples] for name, mask in batch.items() if name == "attention_mask"}
+            generator = pl_module.evaluation_generator(0, 0)
+            sample = pl_module.sample(input_ids, prompt_mask, self.sampler, generator, **padding)
         self.history = [past for past in self.history if past["step"] < trainer.global_step]
         self.history.append(
             {

@@ -55,7 +55,7 @@ def sees(query: Tensor, key: Tensor, noisy: int, block_size: int) -> Tensor:
 
 
 def attention_mask(
-    start: int, end: int, noisy: int, block_size: int, device: torch.device, flex: bool
+    start: int, end: int, noisy: int, block_size: int, device: torch.device, flex: bool, keys: Tensor | None = None
 ) -> AttentionMask:
     """Return the mask in the form that is fastest, for the queries start..end-1 and the keys 0..end-1.
 
@@ -66,10 +66,17 @@ def attention_mask(
         block_size: Length of a block.
         device: Where the mask is needed.
         flex: Whether FlexAttention can be used.
+        keys: False where a key is padding, (B, end) bool; None where none is.
 
     Returns:
         What ``attend`` takes as its mask.
     """
+    if keys is not None and flex:
+        return _block_mask(start, end, noisy, block_size, device, flex, keys)
+    if keys is not None:
+        by_blocks = block_mask(start, end, noisy, block_size, device, flex)
+        assert isinstance(by_blocks, Tensor)
+        return without_padding(keys, by_blocks)
     whole = not any(index % block_size for index in (start, end, noisy))
     blocks = (noisy or end - start) // block_size
     if device.type == "cpu" and not flex and whole and block_size >= FEWEST_POSITIONS and blocks <= MOST_BLOCKS:
@@ -97,16 +104,46 @@ def block_mask(start: int, end: int, noisy: int, block_size: int, device: torch.
         return _block_mask(start, end, noisy, block_size, device, flex)
 
 
-def _block_mask(start: int, end: int, noisy: int, block_size: int, device: torch.device, flex: bool) -> AttentionMask:
+def without_padding(keys: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return a mask in which no position sees padding.
+
+    Args:
+        keys: False where a key is padding, (B, K) bool.
+        mask: Which of the last Q positions sees which key otherwise, (Q, K) bool; None if they see all.
+
+    Returns:
+        (B, 1, Q or 1, K) bool. With a mask a position always sees itself: softmax over nothing would be NaN where
+        padding sees nothing but padding.
+    """
+    seen = keys[:, None, None]
+    return seen if mask is None else (mask & seen) | _itself(mask)
+
+
+def _itself(mask: Tensor) -> Tensor:
+    queries, keys = mask.shape
+    return torch.ones_like(mask).tril(keys - queries).triu(keys - queries)
+
+
+def _block_mask(
+    start: int,
+    end: int,
+    noisy: int,
+    block_size: int,
+    device: torch.device,
+    flex: bool,
+    keys: Tensor | None = None,
+) -> AttentionMask:
     if not flex:
         index = torch.arange(end, device=device)
         return sees(index[start:, None], index, noisy, block_size)
     from torch.nn.attention.flex_attention import create_block_mask
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(query + start, key, noisy, block_size)
+        seen = sees(query + start, key, noisy, block_size)
+        return seen if keys is None else (seen & keys[batch, key]) | (query + start == key)
 
-    return create_block_mask(mask_mod, None, None, end - start, end, device=str(device))
+    rows = None if keys is None else len(keys)
+    return create_block_mask(mask_mod, rows, None, end - start, end, device=str(device))
 
 
 def attend(

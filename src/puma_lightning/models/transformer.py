@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from puma_lightning.models.block_attention import attend, attention_mask, can_flex
+from puma_lightning.models.block_attention import attend, can_flex, without_padding
+from puma_lightning.models.block_attention import attention_mask as block_mask_of
 from puma_lightning.models.cache import KeyValueCache
 
 if TYPE_CHECKING:
@@ -105,11 +106,11 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-            if self.causal and 1 < q.shape[2] < k.shape[2]:
+            if mask is None and self.causal and 1 < q.shape[2] < k.shape[2]:
                 # is_causal would line up the first query with the first key.
                 mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(cache.length)
         dropout = self.dropout if self.training else 0.0
-        causal = self.causal and q.shape[2] == k.shape[2]
+        causal = self.causal and mask is None and q.shape[2] == k.shape[2]
         attended = attend(q, k, v, mask, dropout, causal, self.grouped)
         out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
         return out
@@ -306,6 +307,7 @@ class TransformerBackbone(nn.Module):
         cache: KeyValueCache | None = None,
         block_size: int | None = None,
         clean: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Return what ``lm_head`` turns into logits, after the final norm: (B, L) int64 to (B, L, D).
 
@@ -318,12 +320,15 @@ class TransformerBackbone(nn.Module):
             clean: With a block size, clean tokens that stand at the same positions as ``input_ids``, (B, L') with
                 L' <= L: each block of ``input_ids`` then sees these in place of the earlier blocks of ``input_ids``. No
                 position sees the last block of x0, so it can be left out.
+            attention_mask: 0 where a position is padding, which no other position sees, (B, L); with a cache, of the
+                positions that it holds as well. None if nothing is. Positions are counted with the padding, so padding
+                belongs at the end. What comes out at padding means nothing.
 
         Returns:
             The hidden states, (B, L, D); with ``clean``, those of both one after the other, (B, L + L', D).
 
         Raises:
-            ValueError: If the sequences are longer than ``max_length``.
+            ValueError: If the sequences are longer than ``max_length``, or the attention mask has another shape.
         """
         start = cache.length if cache is not None else 0
         end = start + input_ids.shape[1]
@@ -331,6 +336,12 @@ class TransformerBackbone(nn.Module):
             raise ValueError(
                 f"max_length: expected at most {self.max_length} positions, got {end}; shorten the sequences, or build "
                 "the model with a larger max_length"
+            )
+        keys = None if attention_mask is None else attention_mask.bool()
+        if keys is not None and keys.shape != (len(input_ids), end):
+            raise ValueError(
+                f"attention_mask: expected one entry for each position, {(len(input_ids), end)}, got "
+                f"{tuple(keys.shape)}; with a cache, give those of the positions that it holds as well"
             )
         noisy = 0
         cos, sin = self.rotary(end, start)
@@ -340,13 +351,17 @@ class TransformerBackbone(nn.Module):
             input_ids = torch.cat([input_ids, clean], dim=1)
             cos, sin = torch.cat([cos, cos[again]]), torch.cat([sin, sin[again]])
             places = None if places is None else torch.cat([places, places[again]])
+            keys = None if keys is None else torch.cat([keys, keys[:, again]], dim=1)
         x: Tensor = self.embed_tokens(input_ids)
         if places is not None:
             x = x + places
         mask = None
         if block_size is not None and input_ids.shape[1] > block_size:
             flex = can_flex(x, 2 * cos.shape[1], self.dropout if self.training else 0.0)
-            mask = attention_mask(start, start + input_ids.shape[1], noisy, block_size, x.device, flex)
+            mask = block_mask_of(start, start + input_ids.shape[1], noisy, block_size, x.device, flex, keys)
+        elif keys is not None:
+            seen = torch.ones(input_ids.shape[1], end, dtype=torch.bool, device=x.device).tril(start)
+            mask = without_padding(keys, seen if self.causal else None)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             if cache is not None:
@@ -361,7 +376,9 @@ class TransformerBackbone(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
-    def forward(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cache: KeyValueCache | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Return logits of the token at every position: (B, L) int64 to (B, L, V); see ``hidden_states``."""
-        logits: Tensor = self.lm_head(self.hidden_states(input_ids, cache))
+        logits: Tensor = self.lm_head(self.hidden_states(input_ids, cache, attention_mask=attention_mask))
         return logits

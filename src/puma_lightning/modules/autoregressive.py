@@ -11,6 +11,7 @@ from puma_lightning.chain.student import LeftToRightSampler, Sample
 from puma_lightning.chain.teacher import NoMasking
 from puma_lightning.data.batch import Batch
 from puma_lightning.models.cache import KeyValueCache
+from puma_lightning.models.calling import logits_of
 from puma_lightning.modules.generative import GenerativeModule, check_eos
 from puma_lightning.output.alignment import align
 from puma_lightning.output.head import linear_cross_entropy, true_positions
@@ -63,7 +64,9 @@ class AutoregressiveLM(GenerativeModule):
         self.sampler = sampler
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Predict every token of the answers from those before it."""
+        """Predict every token of the answers from those before it; without a Trainer the batch is a clean one."""
+        if "chains" not in batch:
+            return self._loss(self.checked(batch))[0]
         loss, _ = self._loss(batch)
         self.finite.observe(loss, self.trainer)
         self.stream.advance(Prediction(), self.global_step)  # no chain reads anything
@@ -76,6 +79,7 @@ class AutoregressiveLM(GenerativeModule):
         return loss, max(1, int(trained.sum()))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        # Padding is last, where no position that counts sees it: the model need not be told.
         x0 = batch["input_ids"]
         trained = trained_positions(x0, batch["prompt_mask"], self.eos_id)
         head = self.head()
@@ -88,7 +92,13 @@ class AutoregressiveLM(GenerativeModule):
         loss, _ = linear_cross_entropy(states, head.weight, target, weights, head.bias, self.mask_id)
         return loss, trained
 
-    def complete(self, xt: Tensor, sampler: LeftToRightSampler, generator: torch.Generator | None) -> Sample:
+    def complete(
+        self,
+        xt: Tensor,
+        sampler: LeftToRightSampler,
+        generator: torch.Generator | None,
+        attention_mask: Tensor | None = None,
+    ) -> Sample:
         reader = _Reader(self.backbone, xt.shape[1], self.head(any_vocabulary=True))
         return sampler(reader, xt, self.mask_id, self.eos_id, generator)
 
@@ -108,10 +118,10 @@ class _Reader:
             # Only the logits of the last position are wanted, also when a whole prompt is read.
             logits = self.head(self.backbone.hidden_states(tokens, self.cache)[:, -1:])  # type: ignore[operator]
         elif self.cache is not None:
-            logits = self.backbone(tokens, cache=self.cache)
+            logits = logits_of(self.backbone, tokens, cache=self.cache)
         else:
             self.seen = tokens if self.seen is None else torch.cat([self.seen, tokens], dim=1)
-            logits = self.backbone(self.seen)
+            logits = logits_of(self.backbone, self.seen)
         last: Tensor = logits[:, -1]
         return last
 

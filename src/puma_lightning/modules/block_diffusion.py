@@ -2,19 +2,22 @@
 
 import copy
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from puma_lightning.chain.blocks import check_block_size, cut_blocks, join_blocks
-from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.chains import Chains, padding_token
 from puma_lightning.chain.stages import StepSchedule
 from puma_lightning.chain.student import AnySampler, BlockSampler, Sample, Sampler
 from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking
 from puma_lightning.models.cache import KeyValueCache
-from puma_lightning.modules.generative import check_eos
+from puma_lightning.models.calling import check_takes_padding
+from puma_lightning.modules.generative import check_eos, padding_of
 from puma_lightning.modules.masked_diffusion import MaskedDiffusion
 from puma_lightning.output.alignment import align
 from puma_lightning.output.head import predict_where
@@ -33,8 +36,10 @@ class BlockDiffusion(MaskedDiffusion):
         backbone: A ``TransformerBackbone``, or a module with the same ``hidden_states``, ``lm_head`` and
             ``vocab_size``.
         mask_id: The mask token. The command line links it to the DataModule's.
-        block_size: Length of a block, a divisor of the sequence length; or a curriculum of ``[optimizer step, length]``
-            pairs such as ``[[0, 4], [20000, 16], [60000, 64]]``. On a switch, sequences stay as masked as they are.
+        block_size: Length of a block; or a curriculum of ``[optimizer step, length]`` pairs such as
+            ``[[0, 4], [20000, 16], [60000, 64]]``. On a switch, sequences stay as masked as they are. Where
+            a size does not divide the sequences, they are padded to a multiple of all sizes, and the last block is
+            shorter.
         eos_id: The token that ends an answer, after which nothing is generated; null if there is none. Linked to the
             DataModule's.
         forward_process: What each block trains on: ``ProgressiveUnmasking``, ``RandomMasking`` or one of your own.
@@ -75,24 +80,29 @@ class BlockDiffusion(MaskedDiffusion):
         self.eos_id = check_eos(eos_id, self.vocab_size, mask_id)
         self.check_sampler(sampler)
 
-    def forward(self, xt: Tensor, x0: Tensor, block_size: int | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, xt: Tensor, x0: Tensor, block_size: int | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Predict every position, never as the mask token; all blocks in one pass.
 
         Args:
             xt: Partly masked sequences, (B, L) int64.
             x0: What each block sees of the blocks before it, (B, L) int64.
             block_size: Length of a block; the current one if not given.
+            attention_mask: False where a position is padding, which belongs at the end, (B, L) bool; None where nothing
+                is.
 
         Returns:
             Logits aligned with positions, (B, L, V); -inf for the mask token.
         """
-        states = _states(self, xt, x0, block_size or self.current_block_size() or xt.shape[1])
+        states = _states(self, xt, x0, attention_mask, block_size or self.current_block_size() or xt.shape[1])
         logits = exclude_token(self.backbone.lm_head(states), self.mask_id)  # type: ignore[operator]
         return logits.view(*xt.shape, -1)
 
     def denoise(self, chains: Chains) -> Tensor:
         size = chains.x0.shape[1]
-        return cut_blocks(self(*_sequences(chains), size), size)
+        xt, x0, attention_mask = _sequences(chains)
+        return cut_blocks(self(xt, x0, size, **padding_of(attention_mask)), size)
 
     def aligned_states(self, chains: Chains) -> Tensor:
         return _states(self, *_sequences(chains), chains.x0.shape[1])
@@ -127,11 +137,28 @@ class BlockDiffusion(MaskedDiffusion):
         super().on_load_checkpoint(checkpoint)
         self.trained_in = checkpoint["block_size"]
 
-    def complete(self, xt: Tensor, sampler: BlockSampler, generator: torch.Generator | None) -> Sample:  # type: ignore[override]
-        reader = CachedBlocks(self, max(xt.shape[1], sampler.length or 0))
+    def complete(  # type: ignore[override]
+        self,
+        xt: Tensor,
+        sampler: BlockSampler,
+        generator: torch.Generator | None,
+        attention_mask: Tensor | None = None,
+    ) -> Sample:
         size = self.current_block_size()
         assert size is not None
-        return sampler(reader, xt, self.mask_id, size, self.eos_id, generator)
+        wanted = max(xt.shape[1], sampler.length or 0)
+        length, real = -(-wanted // size) * size, attention_mask
+        if real is not None or length > wanted:
+            more = (0, length - xt.shape[1])
+            real = F.pad(torch.ones_like(xt, dtype=torch.bool) if real is None else real, more)
+            # A row is generated up to the sampler's length, however long the longest in its batch is.
+            new = ~real & (torch.arange(length, device=xt.device) < (sampler.length or 0))
+            xt, real = F.pad(xt, more, value=padding_token(self.mask_id)).masked_fill(new, self.mask_id), real | new
+        sample = sampler(CachedBlocks(self, length, **padding_of(real)), xt, self.mask_id, size, self.eos_id, generator)
+        if real is None:
+            return sample
+        columns = torch.arange(wanted, device=xt.device).expand(len(xt), -1)
+        return replace(sample, attention_mask=None if real[:, :wanted].all() else real).in_order(columns)
 
 
 class CachedBlocks:
@@ -142,16 +169,19 @@ class CachedBlocks:
     Args:
         model: The model.
         length: How many positions there will be.
+        attention_mask: False where one of them is padding, (B, ``length``) bool; None where nothing is.
     """
 
-    def __init__(self, model: BlockDiffusion, length: int) -> None:
+    def __init__(self, model: BlockDiffusion, length: int, attention_mask: Tensor | None = None) -> None:
         self.model = model
         self.cache = KeyValueCache(length)
+        self.attention_mask = attention_mask
         self.before: Tensor | None = None
 
     def read(self, tokens: Tensor, block_size: int) -> None:
         """Take the next finished blocks of every row, (B, n)."""
-        hidden = self.model.backbone.hidden_states(tokens, self.cache, block_size)  # type: ignore[operator]
+        padding = self._padding(tokens)
+        hidden = self.model.backbone.hidden_states(tokens, self.cache, block_size, **padding)  # type: ignore[operator]
         self.before = hidden[:, -1:]
 
     def __call__(self, xt: Tensor) -> Tensor:
@@ -166,29 +196,40 @@ class CachedBlocks:
 
     def _states(self, xt: Tensor) -> Tensor:
         start = self.cache.length
-        hidden = self.model.backbone.hidden_states(xt, self.cache)  # type: ignore[operator]
+        hidden = self.model.backbone.hidden_states(xt, self.cache, **self._padding(xt))  # type: ignore[operator]
         self.cache.length = start
         return align(hidden, self.model.shifted, self.before)
+
+    def _padding(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Say what is padding of the positions in the cache and those that come next."""
+        end = self.cache.length + tokens.shape[1]
+        return padding_of(None if self.attention_mask is None else self.attention_mask[:, :end])
 
     def select(self, rows: Tensor) -> "CachedBlocks":
         """Return the same for these rows, (n,), of the batch alone."""
         chosen = copy.copy(self)
         chosen.cache = self.cache.select(rows)
+        chosen.attention_mask = None if self.attention_mask is None else self.attention_mask[rows]
         chosen.before = None if self.before is None else self.before[rows]
         return chosen
 
 
-def _sequences(chains: Chains) -> tuple[Tensor, Tensor]:
-    """Return xt and x0 of whole sequences, (B, L) each."""
-    return join_blocks(chains.xt, chains.num_blocks), join_blocks(chains.x0, chains.num_blocks)
+def _sequences(chains: Chains) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return xt, x0 and attention mask of whole sequences, (B, L) each."""
+    real = chains.attention_mask
+    xt, x0 = (join_blocks(rows, chains.num_blocks) for rows in (chains.xt, chains.x0))
+    return xt, x0, None if real is None else join_blocks(real, chains.num_blocks)
 
 
-def _states(model: BlockDiffusion, xt: Tensor, x0: Tensor, block_size: int) -> Tensor:
+def _states(model: BlockDiffusion, xt: Tensor, x0: Tensor, attention_mask: Tensor | None, block_size: int) -> Tensor:
     """Return hidden states aligned with positions, (B * L / S, S, D), of one pass over ``[xt ; x0]``."""
     length = xt.shape[1]
     # Nobody sees the last block of x0.
     seen = length - block_size
-    hidden = model.backbone.hidden_states(xt, block_size=block_size, clean=x0[:, :seen])  # type: ignore[operator]
+    options = padding_of(attention_mask)
+    if options:
+        check_takes_padding(model.backbone.hidden_states)  # type: ignore[arg-type]
+    hidden = model.backbone.hidden_states(xt, block_size=block_size, clean=x0[:, :seen], **options)  # type: ignore[operator]
     noisy, clean = hidden.split([length, seen], dim=1)
     before = torch.cat([noisy[:, :1], clean[:, block_size - 1 :: block_size]], dim=1)
     return align(cut_blocks(noisy, block_size), model.shifted, before.flatten(0, 1)[:, None])

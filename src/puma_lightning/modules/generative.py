@@ -1,15 +1,25 @@
 """What every generative module has in common: evaluation by likelihood, and completing sequences."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from puma_lightning.chain.chains import Chains
+from puma_lightning.chain.chains import Chains, padding_token
 from puma_lightning.chain.student import AnySampler, Sample
 from puma_lightning.data.base import offer_of
-from puma_lightning.data.batch import Batch, check_batch, check_first
+from puma_lightning.data.batch import (
+    Batch,
+    check_batch,
+    check_first,
+    padded_to_multiple,
+    padding_last,
+    real_first,
+)
+from puma_lightning.models.calling import logits_of
 from puma_lightning.models.transformer import TransformerBackbone
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.modules.eval_mode import eval_mode
@@ -18,6 +28,7 @@ from puma_lightning.output.alignment import align
 from puma_lightning.output.prediction import exclude_token
 from puma_lightning.training.loading import shared_seed
 from puma_lightning.training.sequences import derived_seed
+from puma_lightning.training.stream import begin
 
 
 class GenerativeModule(StreamedModule):
@@ -53,21 +64,49 @@ class GenerativeModule(StreamedModule):
         """
         preflight(self)
 
-    def forward(self, xt: Tensor) -> Tensor:
+    def forward(self, xt: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Predict every position, never as the mask token.
 
         Args:
             xt: Partly masked sequences, (B, L) int64.
+            attention_mask: False where a position is padding, which belongs at the end, (B, L) bool; None where nothing
+                is.
 
         Returns:
             Logits aligned with positions, (B, L, V); -inf for the mask token.
         """
-        return exclude_token(align(self.backbone(xt), self.shifted), self.mask_id)
+        return exclude_token(align(logits_of(self.backbone, xt, attention_mask), self.shifted), self.mask_id)
 
     def denoise(self, chains: Chains) -> Tensor:
         """Predict every position of chains: logits aligned with positions, (N, L, V); -inf for the mask token."""
-        logits: Tensor = self(chains.xt)
+        logits: Tensor = self(chains.xt, **padding_of(chains.attention_mask))
         return logits
+
+    def chains(self, batch: Any, generator: torch.Generator | None = None) -> Chains:
+        """Start the chains of a clean batch, at stages spread evenly, as in the first batch of a run.
+
+        For trying things out without a Trainer: ``denoise`` predicts for them, ``forward_process.advance`` moves them
+        on, and ``training_step`` gives the loss of a clean batch.
+
+        Args:
+            batch: A clean batch from any DataModule, on any device.
+            generator: Source of all randomness, on the model's device; PyTorch's own by default.
+
+        Example:
+            ``chains = module.chains(batch)`` and then
+            ``chains = module.forward_process.advance(chains, module.denoise(chains), step=0)``.
+
+        Raises:
+            ValueError: If it is no clean batch.
+        """
+        limits: dict[str, Any] = {"mask_id": self.mask_id, "vocab_size": self.vocab_size}
+        clean = padding_last(check_batch(batch, **limits, first_given=self.shifted))
+        size = None if self.block_size is None else self.trained_in or self.block_size.at(0)
+        clean = padded_to_multiple(clean, size or 1, self.mask_id)
+        clean = {name: rows.to(self.device) for name, rows in clean.items()}
+        rows, num_stages = len(clean["input_ids"]), self.forward_process.num_stages_at(0)
+        stage = torch.arange(rows, device=self.device) * num_stages // rows
+        return begin(self.forward_process, clean, self.mask_id, num_stages, stage, size, generator)
 
     def head(self, any_vocabulary: bool = False) -> nn.Linear | None:
         """Return the backbone's output layer, where it is worth running on the positions that count alone.
@@ -115,17 +154,21 @@ class GenerativeModule(StreamedModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def checked(self, batch: Any) -> Batch:
-        """Return a batch of evaluation, ``{"input_ids", "prompt_mask"}``: clean sequences, or questions alone.
+        """Return a batch of evaluation in its one form: clean sequences, or questions alone.
+
+        It has ``input_ids`` and ``prompt_mask``, and an ``attention_mask`` if anything is padding, which is last then.
 
         Raises:
             ValueError: If it is neither.
         """
-        return check_batch(
-            batch,
-            mask_id=self.mask_id,
-            vocab_size=self.vocab_size,
-            first_given=self.shifted,
-            clean=not is_questions(batch, self.mask_id),
+        return padding_last(
+            check_batch(
+                batch,
+                mask_id=self.mask_id,
+                vocab_size=self.vocab_size,
+                first_given=self.shifted,
+                clean=not is_questions(batch, self.mask_id),
+            )
         )
 
     def evaluation_generator(self, *keys: int) -> torch.Generator:
@@ -139,11 +182,14 @@ class GenerativeModule(StreamedModule):
         """Complete everything that is not prompt.
 
         Returns:
-            ``{"tokens": (B, L), "reveal_step": (B, L), "nfe": (B,)}``, see ``Sample``.
+            ``{"tokens": (B, L), "reveal_step": (B, L), "nfe": (B,)}``, see ``Sample``; and ``"attention_mask"``, (B, L)
+            bool, if anything is padding.
         """
         batch = check_batch(batch, mask_id=self.mask_id, vocab_size=self.vocab_size, may_be_given=True, clean=False)
         generator = self.evaluation_generator(dataloader_idx, batch_idx)
-        return dict(vars(self.sample(batch["input_ids"], batch["prompt_mask"], generator=generator)))
+        real = batch.get("attention_mask")
+        sample = self.sample(batch["input_ids"], batch["prompt_mask"], None, generator, real)
+        return {name: value for name, value in vars(sample).items() if value is not None}
 
     def sample(
         self,
@@ -151,14 +197,18 @@ class GenerativeModule(StreamedModule):
         prompt_mask: Tensor,
         sampler: AnySampler | None = None,
         generator: torch.Generator | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Sample:
         """Complete sequences given their prompts.
+
+        Padding stays where it is, unless a sampler generates further than the sequences go: then it comes last.
 
         Args:
             input_ids: (B, L) int64; only the prompt is read.
             prompt_mask: True where a position is given, (B, L) bool.
             sampler: Another sampler than the module's own.
             generator: Source of all randomness, on the device of ``input_ids``.
+            attention_mask: False where a position is padding, (B, L) bool; None where nothing is.
 
         Returns:
             The completed sequences.
@@ -168,14 +218,24 @@ class GenerativeModule(StreamedModule):
         """
         sampler = sampler or self.sampler
         self.check_sampler(sampler)
+        xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
+        order = None
+        if attention_mask is not None:
+            order = real_first(attention_mask)
+            xt = xt.masked_fill(~attention_mask, padding_token(self.mask_id)).gather(1, order)
+            prompt_mask, attention_mask = prompt_mask.gather(1, order), attention_mask.gather(1, order)
         if self.shifted:
             check_first(prompt_mask)
-        xt = input_ids.masked_fill(~prompt_mask, self.mask_id)
         with eval_mode(self):
-            return self.complete(xt, sampler, generator)
+            sample = self.complete(xt, sampler, generator, **padding_of(attention_mask))
+        if order is None or getattr(sampler, "length", None):
+            return sample
+        return replace(sample, attention_mask=attention_mask).in_order(order.argsort(1))
 
-    def complete(self, xt: Tensor, sampler: Any, generator: torch.Generator | None) -> Sample:
-        """Fill in the masked positions of xt, (B, L), with a sampler for this kind of model."""
+    def complete(
+        self, xt: Tensor, sampler: Any, generator: torch.Generator | None, attention_mask: Tensor | None = None
+    ) -> Sample:
+        """Fill in the masked positions of xt, (B, L), with a sampler for this kind of model; padding is last."""
         raise NotImplementedError
 
     def check_sampler(self, sampler: AnySampler) -> None:
@@ -189,6 +249,11 @@ class GenerativeModule(StreamedModule):
                 f"sampler: expected a {self.sampler_class.__name__} for {type(self).__name__}, got a "
                 f"{type(sampler).__name__}; give one"
             )
+
+
+def padding_of(attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """Return the argument that says what is padding: none where nothing is, as not all models know of it."""
+    return {} if attention_mask is None else {"attention_mask": attention_mask}
 
 
 def check_eos(eos_id: int | None, vocab_size: int, mask_id: int) -> int | None:
@@ -207,9 +272,12 @@ def check_eos(eos_id: int | None, vocab_size: int, mask_id: int) -> int | None:
 
 def is_questions(batch: Any, mask_id: int) -> bool:
     """Tell whether a batch has prompts alone: every position that is not given is masked."""
-    if not isinstance(batch, dict) or not isinstance(batch.get("prompt_mask"), Tensor):
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("prompt_mask"), Tensor):
         return False
     answer = ~batch["prompt_mask"].bool()
+    real = batch.get("attention_mask")
+    if isinstance(real, Tensor) and real.shape == answer.shape:
+        answer = answer & real.bool()
     return bool(answer.any(1).all() and ((batch["input_ids"] == mask_id) | ~answer).all())
 
 

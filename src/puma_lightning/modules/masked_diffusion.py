@@ -11,8 +11,8 @@ from puma_lightning.chain.chains import Chains
 from puma_lightning.chain.student import AnySampler, Sample, Sampler
 from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking
 from puma_lightning.chain.teacher.random_masking import stratified_masking
-from puma_lightning.data.batch import Batch
-from puma_lightning.modules.generative import GenerativeModule
+from puma_lightning.data.batch import Batch, padded_to_multiple
+from puma_lightning.modules.generative import GenerativeModule, padding_of
 from puma_lightning.output.alignment import align
 from puma_lightning.output.head import linear_cross_entropy, predict_where, spread, true_positions
 from puma_lightning.output.losses import masked_cross_entropy
@@ -71,7 +71,8 @@ class MaskedDiffusion(GenerativeModule):
 
     def aligned_states(self, chains: Chains) -> Tensor:
         """Return what the output layer reads: hidden states aligned with positions, (N, L, D)."""
-        return align(self.backbone.hidden_states(chains.xt), self.shifted)  # type: ignore[operator]
+        states = self.backbone.hidden_states(chains.xt, **padding_of(chains.attention_mask))  # type: ignore[operator]
+        return align(states, self.shifted)
 
     def loss(
         self,
@@ -103,12 +104,17 @@ class MaskedDiffusion(GenerativeModule):
         return loss, spread(found, index, masked.shape)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Take one forward pass, which gives the loss and moves the chains."""
-        chains: Chains = batch["chains"]
+        """Take one forward pass, which gives the loss and moves the chains.
+
+        Without a Trainer the batch is a clean one, whose chains are started by ``chains`` and not moved.
+        """
+        chains: Chains = batch["chains"] if "chains" in batch else self.chains(batch)
         # Chains with nothing masked have no loss and do not count.
         counted = chains.masked.any(1)
         # In float32 whatever the default dtype, which a Trainer in half precision changes.
         weights = counted.float() / counted.sum()
+        if "chains" not in batch:
+            return self.loss(chains, weights)[0]
         known = {"num_masked": self.stream.num_masked} if chains.xt.is_cuda else {}
         loss, predictions = self.loss(chains, weights, self.forward_process.reads(), **known)
         self.finite.observe(loss, self.trainer)
@@ -127,15 +133,27 @@ class MaskedDiffusion(GenerativeModule):
         For a block model it is the sum of the NELBOs of its blocks, over the length of the answer.
         """
         size = len(batch["input_ids"])
+        block_size = self.current_block_size()
+        batch = padded_to_multiple(batch, block_size or 1, self.mask_id)
         chains = Chains.fully_masked(
-            batch["input_ids"], batch["prompt_mask"], self.mask_id, block_size=self.current_block_size()
+            batch["input_ids"],
+            batch["prompt_mask"],
+            self.mask_id,
+            block_size=block_size,
+            attention_mask=batch.get("attention_mask"),
         )
         answer_length = chains.answer_length.float().view(size, -1)
         weights = answer_length / answer_length.sum(1, keepdim=True) / size
         return self.loss(stratified_masking(chains, generator), weights.flatten())[0], size
 
-    def complete(self, xt: Tensor, sampler: Sampler, generator: torch.Generator | None) -> Sample:
-        return sampler(Canvas(self), xt, self.mask_id, generator)
+    def complete(
+        self,
+        xt: Tensor,
+        sampler: Sampler,
+        generator: torch.Generator | None,
+        attention_mask: Tensor | None = None,
+    ) -> Sample:
+        return sampler(Canvas(self, attention_mask), xt, self.mask_id, generator)
 
 
 class Canvas:
@@ -146,20 +164,22 @@ class Canvas:
 
     Args:
         model: The model.
+        attention_mask: False where a position of the batch is padding, (B, L) bool; None where nothing is.
 
     Attributes:
         static_shapes: Whether parts of the backbone are compiled, so that a batch of another size would be compiled for
             again.
     """
 
-    def __init__(self, model: MaskedDiffusion) -> None:
+    def __init__(self, model: MaskedDiffusion, attention_mask: Tensor | None = None) -> None:
         self.model = model
+        self.attention_mask = attention_mask
         modules = model.backbone.modules()
         self.static_shapes = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules)
 
     def __call__(self, xt: Tensor) -> Tensor:
         """Return logits of partly masked sequences, (B, L, V), from xt, (B, L)."""
-        logits: Tensor = self.model(xt)
+        logits: Tensor = self.model(xt, **padding_of(self.attention_mask))
         return logits
 
     def predict_masked(self, xt: Tensor, masked: Tensor, *wanted: Any) -> Prediction | None:
@@ -167,10 +187,14 @@ class Canvas:
         head = self.model.head()
         if head is None:
             return None
-        states = align(self.model.backbone.hidden_states(xt), self.model.shifted)  # type: ignore[operator]
-        return predict_where(masked, states, head, self.model.mask_id, *wanted)
+        padding = padding_of(self.attention_mask)
+        states = self.model.backbone.hidden_states(xt, **padding)  # type: ignore[operator]
+        return predict_where(masked, align(states, self.model.shifted), head, self.model.mask_id, *wanted)
 
     def select(self, rows: Tensor) -> "Canvas":
         """Return the model for these rows, (n,), of a batch alone: itself, unless it says otherwise."""
         select = getattr(self.model, "select", None)
-        return self if select is None else Canvas(select(rows))
+        if select is None and self.attention_mask is None:
+            return self
+        kept = None if self.attention_mask is None else self.attention_mask[rows]
+        return Canvas(self.model if select is None else select(rows), kept)

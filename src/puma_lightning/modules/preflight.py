@@ -1,11 +1,12 @@
 """The check of a whole training set-up on its first batch, before any step is taken."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from puma_lightning.chain.student import AnySampler
 from puma_lightning.data.base import offer_of
+from puma_lightning.models.calling import check_takes_padding
 from puma_lightning.modules.eval_mode import eval_mode
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ def preflight(module: "GenerativeModule") -> None:
     for sampler in samplers:
         module.check_sampler(sampler)
     chains = module.stream.peek()["chains"]
+    if chains.attention_mask is not None and not getattr(module.backbone, "causal", False):
+        states: Any = module.backbone.forward if module.block_size is None else module.backbone.hidden_states
+        check_takes_padding(states)
     if module.head() is not None:
         # The vocabulary is large: logits of one sequence alone can be kept.
         chains = chains.map(lambda tensor: tensor[: chains.num_blocks])

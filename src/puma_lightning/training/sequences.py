@@ -10,7 +10,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
-from puma_lightning.data.batch import Batch, check_batch
+from puma_lightning.data.batch import Batch, check_batch, join_batches, padding_last
 from puma_lightning.training.dealing import Era, Passes, left_in_queue
 from puma_lightning.training.iterable import (
     Place,
@@ -78,6 +78,8 @@ class CleanSequences:
             "vocab_size": vocab_size,
             "first_given": first_given,
         }
+        self._one_length: int | None = None  # of all sequences so far
+        self.lengths_vary = False  # whether sequences of different lengths have been seen
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         if not batch_size:
             raise ValueError(
@@ -181,31 +183,26 @@ class CleanSequences:
         """Take the next ``number`` sequences.
 
         Returns:
-            ``{"input_ids": (number, L) int64, "prompt_mask": (number, L) bool}`` on the CPU.
+            ``{"input_ids": (number, L) int64, "prompt_mask": (number, L) bool}`` on the CPU, with L the longest of
+            them; and ``"attention_mask"`` (number, L) bool if any is shorter, padded at its end.
 
         Raises:
-            ValueError: If the data are not clean sequences of one length.
+            ValueError: If the data are not clean sequences.
         """
         waiting = min(number, _size(self._waiting))
         parts = [part for part in (self._waiting, self._rest) if part is not None]
         while not parts or sum(len(part["input_ids"]) for part in parts) < number:
-            part = self._next_batch()
-            if parts and part["input_ids"].shape[1] != parts[0]["input_ids"].shape[1]:
-                lengths = parts[0]["input_ids"].shape[1], part["input_ids"].shape[1]
-                raise ValueError(
-                    f"input_ids: expected sequences of one length, got lengths {lengths[0]} and {lengths[1]}; pad or "
-                    "cut them"
-                )
-            parts.append(part)
+            parts.append(self._next_batch())
         if self._waiting is not None and number < _size(self._waiting):
             taken, self._waiting = _cut(self._waiting, number)
-            return taken
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            return padding_last(taken)
+        joined = join_batches(parts, self._limits["mask_id"])
         # The rest is kept even when empty: it remembers the sequence length.
         self._waiting = None
         taken, self._rest = _cut(joined, number)
         self.position += number - waiting
-        return taken
+        # How long the longest is must not depend on what else was loaded, which is other in a resumed run.
+        return padding_last(taken)
 
     def supply(self) -> dict[str, Any]:
         """Return what a checkpoint must hold besides ``position``, as plain types and tensors."""
@@ -244,7 +241,7 @@ class CleanSequences:
         unread = [supply["rest"] for supply in given]
         # All that was read counts as taken, and what is not in a slot waits.
         read_so_far = [position + _size(rest) for position, rest in zip(positions, unread, strict=True)]
-        waiting = _join([*(supply["waiting"] for supply in given), *unread])
+        waiting = self._join([*(supply["waiting"] for supply in given), *unread])
         mine = waiting and {name: rows[self.rank :: self.world_size] for name, rows in waiting.items()}
         self.seek(
             seed,
@@ -256,7 +253,11 @@ class CleanSequences:
 
     def put_before(self, sequences: Batch) -> None:
         """Have sequences come before all others that are not waiting already."""
-        self._waiting = _join([sequences, self._waiting])
+        self._waiting = self._join([sequences, self._waiting])
+
+    def _join(self, batches: Sequence[Batch | None]) -> Batch | None:
+        some = [batch for batch in batches if batch is not None and _size(batch)]
+        return join_batches(some, self._limits["mask_id"]) if some else None
 
     def _dealt_place(self, places: Sequence[Place | None]) -> Place | None:
         """Return where to read an iterable data set from, when the ranks before were at some places."""
@@ -301,18 +302,23 @@ class CleanSequences:
         except RuntimeError as error:
             if "equal size" not in str(error):
                 raise
-            raise ValueError(f"input_ids: expected sequences of one length, got: {error}; pad or cut them") from error
+            raise ValueError(
+                f"input_ids: expected sequences of one length, or a collate function that pads them, got: {error}; "
+                "give the DataLoader collate_fn=puma_lightning.pad_collate"
+            ) from error
         except ValueError as error:
             first = self.position + _size(self._rest)
             where = f"batch after {first} training sequences of process {self.rank}"
             raise ValueError(f"{error} ({where})") from error
+        self._one_length = self._one_length or batch["input_ids"].shape[1]
+        self.lengths_vary |= "attention_mask" in batch or batch["input_ids"].shape[1] != self._one_length
         return batch
 
     def _read(self) -> Iterator[tuple[Batch, Place | None]]:
         """Yield checked batches of this rank's sequences from here on, without end, and the place after each."""
         # The iterator must not refer back to self: as part of a cycle its workers would be stopped by the garbage
         # collector, which takes seconds for each of them.
-        check: Callable[[Any], Batch] = partial(check_batch, **self._limits)
+        check: Callable[[Any], Batch] = partial(_checked, **self._limits)
         old = self.loader
         options: dict[str, Any] = {
             "num_workers": self._workers,
@@ -346,6 +352,10 @@ class CleanSequences:
         return _share_of(batches, self.eras, taken, self.rank, self.world_size)
 
 
+def _checked(batch: Any, **limits: Any) -> Batch:
+    return padding_last(check_batch(batch, **limits))
+
+
 def _share_of(
     batches: Iterator[tuple[Batch, int, Place]], eras: Sequence[Era], taken: int, rank: int, ranks: int
 ) -> Iterator[tuple[Batch, Place]]:
@@ -370,11 +380,6 @@ def _cut(batch: Batch, number: int) -> tuple[Batch, Batch]:
         {name: tensor[:number] for name, tensor in batch.items()},
         {name: tensor[number:] for name, tensor in batch.items()},
     )
-
-
-def _join(batches: Sequence[Batch | None]) -> Batch | None:
-    some = [batch for batch in batches if batch is not None and _size(batch)]
-    return {name: torch.cat([batch[name] for batch in some]) for name in some[0]} if some else None
 
 
 class _EndlessOrder(Sampler[int]):

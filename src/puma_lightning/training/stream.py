@@ -5,18 +5,21 @@ epochs, limits, accumulation and progress bars count steps. It yields the curren
 ``advance`` after its forward pass; in the next batch fresh sequences have taken the rows whose chains are over.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 
-from puma_lightning.chain.blocks import check_block_size, cut_blocks, join_blocks
+from puma_lightning.chain.blocks import cut_blocks, join_blocks
 from puma_lightning.chain.chains import Chains
 from puma_lightning.chain.stages import StepSchedule, stage_of
 from puma_lightning.chain.teacher import ForwardProcess
+from puma_lightning.data.batch import Batch, padded_to_multiple
 from puma_lightning.output.prediction import Prediction, apply
 from puma_lightning.training.sequences import CleanSequences, derived_seed
 
@@ -30,6 +33,9 @@ class Stream:
     A row of the batch holds a sequence, which runs one chain, or, with a ``block_size``, one for each of its blocks,
     all of which start when the sequence enters. It leaves when all of them are over. To the forward process every chain
     is a row.
+
+    Sequences may have different lengths. They are padded at their ends to the longest that is in the batch at the time,
+    rounded up to a multiple of all block sizes, and there is no ``attention_mask`` where that pads nothing.
 
     Randomness is a function of (seed, rank, step). No generator state has to be saved, and a resumed run draws what the
     uninterrupted one would have drawn.
@@ -73,6 +79,9 @@ class Stream:
         self.device = device or torch.device("cpu")
         self.block_size = block_size
         self.groups: list[Chains | None] = [None] * num_groups
+        # Whole sequences are as long as a multiple of this, so that every block size divides them.
+        self._multiple = math.lcm(*block_size.values) if block_size is not None else 1
+        self._lengths: dict[int, Tensor] = {}  # of the sequences in each group that is filled, without padding, (B,)
         self._on_host: dict[int, Callable[[], Tensor]] = {}  # what ``_for_host`` says of each group that is filled
         self.step = 0  # batches yielded in the life of this stream
         self.observers: list[Observer] = []
@@ -97,11 +106,13 @@ class Stream:
         """Return the next batch, without counting it as yielded.
 
         Returns:
-            ``{"input_ids", "prompt_mask", "xt"}``, (B, L) each, of the whole sequences; and ``"chains"``, the
-            ``Chains`` that they run, one for each block.
+            ``{"input_ids", "prompt_mask", "xt"}``, (B, L) each, of the whole sequences, with ``"attention_mask"`` if
+            anything is padding; and ``"chains"``, the ``Chains`` that they run, one for each block.
         """
         chains = self._refilled(self.step % len(self.groups))
         shown = {"input_ids": chains.x0, "prompt_mask": chains.prompt_mask, "xt": chains.xt}
+        if chains.attention_mask is not None:
+            shown["attention_mask"] = chains.attention_mask
         return {**{name: join_blocks(rows, chains.num_blocks) for name, rows in shown.items()}, "chains": chains}
 
     @property
@@ -136,6 +147,8 @@ class Stream:
     def _cut_into(self, chains: Chains, block_size: int) -> Chains:
         """Cut the same sequences into blocks of another size, each at the stage that its revealed positions tell."""
         rows: dict[str, Any] = {"x0": chains.x0, "prompt_mask": chains.prompt_mask, "xt": chains.xt}
+        if chains.attention_mask is not None:
+            rows["attention_mask"] = chains.attention_mask
         rows = {name: cut_blocks(join_blocks(whole, chains.num_blocks), block_size) for name, whole in rows.items()}
         blocks = chains.num_blocks * chains.x0.shape[1] // block_size
         cut = replace(chains, **rows, num_blocks=blocks)
@@ -146,7 +159,7 @@ class Stream:
         """Return the chains of a group, with fresh sequences in place of those whose chains are all over."""
         chains = self.groups[group]
         if chains is None:
-            fresh = self._first_fill(group)
+            fresh, lengths = self._first_fill(group)
             known = _for_host(fresh)
             chains = fresh.map(self._upload)
         else:
@@ -154,13 +167,19 @@ class Stream:
             over = known[0].bool().view(self.batch_size, -1).all(1).nonzero().squeeze(1)
             if not len(over):
                 return chains
-            stage = torch.zeros(len(over), dtype=torch.long)
-            fresh = self._fresh(stage, chains.num_stages, chains.x0.shape[1])
+            block_size = None if self.block_size is None else chains.x0.shape[1]
+            fresh, entering = self._fresh(torch.zeros(len(over), dtype=torch.long), chains.num_stages, block_size)
+            lengths = self._lengths[group].index_copy(0, over, entering)
+            # What follows the longest sequence is padding in all of them.
+            length = _up_to(int(lengths.max()), self._multiple)
+            chains, fresh = chains.with_length(length, block_size), fresh.with_length(length, block_size)
             blocks = chains.num_blocks
             rows = (over[:, None] * blocks + torch.arange(blocks)).flatten()
-            known = known.index_copy(1, rows, _for_host(fresh))
+            known = _with_blocks(known, self.batch_size, blocks).index_copy(1, rows, _for_host(fresh))
             chains = chains.with_rows(self._upload(rows), fresh.map(self._upload))
-        self.groups[group], self._on_host[group] = chains, lambda: known
+            if (lengths == length).all():
+                chains = replace(chains, attention_mask=None)
+        self.groups[group], self._on_host[group], self._lengths[group] = chains, lambda: known, lengths
         return chains
 
     def _upload(self, tensor: Tensor) -> Tensor:
@@ -168,25 +187,32 @@ class Stream:
         cuda = self.device.type == "cuda"
         return (tensor.pin_memory() if cuda else tensor).to(self.device, non_blocking=cuda)
 
-    def _first_fill(self, group: int) -> Chains:
+    def _first_fill(self, group: int) -> tuple[Chains, Tensor]:
         """Start with stages spread evenly, over all groups together, so that each batch holds all stages."""
         num_stages = self.process.num_stages_at(0)
         index = torch.arange(self.batch_size) * len(self.groups) + group
         stage = index * num_stages // (self.batch_size * len(self.groups))
         return self._fresh(stage, num_stages, None if self.block_size is None else self.block_size.at(0))
 
-    def _fresh(self, stage: Tensor, num_stages: int, block_size: int | None, purpose: str = "start") -> Chains:
-        """Start chains of the next sequences on the CPU, one sequence for each of the given stages."""
-        clean = self.sequences.take(len(stage))
-        length = clean["input_ids"].shape[1]
-        for coming in self.block_size.values if self.block_size is not None else ():
-            check_block_size(coming, length)
-        x0, prompt_mask = clean["input_ids"].cpu(), clean["prompt_mask"].cpu()
-        stage = stage.repeat_interleave(length // (block_size or length))
-        chains = Chains.fully_masked(x0, prompt_mask, self.mask_id, num_stages, stage, block_size or length)
-        # With a threshold a chain that is shorter than K has fewer stages.
-        stage = stage * self.process.chain_stages(num_stages, chains.answer_length) // num_stages
-        return self.process.start(replace(chains, stage=stage), self._seeded(self.step, purpose))
+    def _fresh(
+        self, stage: Tensor, num_stages: int, block_size: int | None, purpose: str = "start"
+    ) -> tuple[Chains, Tensor]:
+        """Start chains of the next sequences on the CPU, one sequence for each of the given stages.
+
+        Returns:
+            The chains, and the lengths of the sequences without padding, (n,) int64.
+        """
+        clean = {name: rows.cpu() for name, rows in self.sequences.take(len(stage)).items()}
+        size, length = clean["input_ids"].shape
+        if length % self._multiple and not self.step and "attention_mask" not in clean:
+            rank_zero_warn(
+                f"block_size: blocks do not divide sequences of length {length}, which are padded to "
+                f"{_up_to(length, self._multiple)}; choose sizes that do for less work"
+            )
+        lengths = clean["attention_mask"].sum(1) if "attention_mask" in clean else torch.full((size,), length)
+        clean = padded_to_multiple(clean, self._multiple, self.mask_id)
+        generator = self._seeded(self.step, purpose)
+        return begin(self.process, clean, self.mask_id, num_stages, stage, block_size, generator), lengths
 
     def snapshot(self, in_flight: bool = False) -> dict[str, Any]:
         """Return everything needed to go on exactly from here, as CPU tensors and plain types.
@@ -198,6 +224,8 @@ class Stream:
         if in_flight:
             step -= 1
             groups[step % len(groups)] = self.yielded
+        # Not said of runs whose sequences all have one length, which a resumed run is held to.
+        vary = {"lengths_vary": True} if self.sequences.lengths_vary else {}
         return {
             "seed": self.seed,
             "step": step,
@@ -206,6 +234,7 @@ class Stream:
             "num_sequences": self.sequences.num_sequences,
             "groups": [g and {**g.to("cpu").tensors(), "num_stages": g.num_stages} for g in groups],
             "supply": self.sequences.supply(),
+            **vary,
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
@@ -218,6 +247,7 @@ class Stream:
         check_same("batch_size", snapshot["num_slots"], self.batch_size)
         check_same("training sequences", snapshot["num_sequences"], self.sequences.num_sequences)
         self.sequences.restore(snapshot["seed"], snapshot["position"], snapshot.get("supply"))
+        self.sequences.lengths_vary |= snapshot.get("lengths_vary", False)
         self._go_on(snapshot, self._saved_groups(snapshot))
 
     def restore_from(self, snapshots: Sequence[dict[str, Any]]) -> None:
@@ -238,6 +268,7 @@ class Stream:
         check_same("training sequences", first["num_sequences"], self.sequences.num_sequences)
         positions = [snapshot["position"] for snapshot in snapshots]
         self.sequences.deal(first["seed"], positions, [snapshot.get("supply") for snapshot in snapshots])
+        self.sequences.lengths_vary |= any(snapshot.get("lengths_vary", False) for snapshot in snapshots)
         groups: list[Chains | None] = [None for _ in self.groups]
         rows = self._in_flight(snapshots)
         slots = self.batch_size * len(groups)
@@ -253,7 +284,8 @@ class Stream:
             stage = torch.arange(missing) * rows.num_stages // max(1, missing)
             dealt = _chosen(rows, mine[:slots])
             if missing:
-                dealt = _all(dealt, self._fresh(stage, rows.num_stages, rows.x0.shape[1], "deal"))
+                size = None if self.block_size is None else rows.x0.shape[1]
+                dealt = _all(size, dealt, self._fresh(stage, rows.num_stages, size, "deal")[0])
             groups = [_chosen(dealt, torch.arange(slots)[index :: len(groups)]) for index in range(len(groups))]
         self._go_on(first, groups)
         rank_zero_warn(
@@ -278,22 +310,36 @@ class Stream:
             return None
         # Schedules grow, so the largest is the newest.
         num_stages = max(chains.num_stages for chains in saved)
-        size = max(chains.x0.shape[1] for chains in saved)
+        size = None if self.block_size is None else max(chains.x0.shape[1] for chains in saved)
         found: list[Chains] = []
         for chains in saved:
-            if (chains.num_stages, chains.x0.shape[1]) != (num_stages, size):
-                chains = self._cut_into(replace(chains, num_stages=num_stages), size)
+            block = chains.x0.shape[1] if size is None else size
+            if (chains.num_stages, chains.x0.shape[1]) != (num_stages, block):
+                chains = self._with_room(chains, block)
+                chains = self._cut_into(replace(chains, num_stages=num_stages), block)
             over = chains.done.view(-1, chains.num_blocks).all(1)
             found.append(_chosen(chains, (~over).nonzero().squeeze(1)))
-        return _all(*found)
+        return _all(size, *found)
+
+    def _with_room(self, chains: Chains, block_size: int = 1) -> Chains:
+        """Pad sequences so that a block size divides them, and all those that are to come."""
+        if self.block_size is None:
+            return chains
+        multiple = math.lcm(self._multiple, chains.x0.shape[1], block_size)
+        return chains.with_length(_up_to(chains.num_blocks * chains.x0.shape[1], multiple), chains.x0.shape[1])
 
     def _go_on(self, snapshot: dict[str, Any], groups: list[Chains | None]) -> None:
         """Take over the groups of this rank, on the CPU."""
-        length = self.sequences.length
-        for chains in filter(None, groups):
-            check_same("sequence length", chains.num_blocks * chains.x0.shape[1], length)
-        for size in self.block_size.values if self.block_size is not None else ():
-            check_block_size(size, length)
+        coming = self.sequences.length
+        for i, chains in enumerate(groups):
+            if chains is None:
+                continue
+            if not self.sequences.lengths_vary:
+                check_same("sequence length", chains.num_blocks * chains.x0.shape[1], coming)
+            real = chains.with_attention().attention_mask
+            assert real is not None
+            self._lengths[i] = join_blocks(real, chains.num_blocks).sum(1)
+            groups[i] = self._with_room(chains)
         self.seed = snapshot["seed"]
         self.step = snapshot["step"]
         self.groups = [chains and chains.to(self.device) for chains in groups]
@@ -303,6 +349,8 @@ class Stream:
 def _sequences_of(chains: Chains) -> dict[str, Tensor]:
     """Return the clean sequences of chains, (B, L) each."""
     rows = {"input_ids": chains.x0, "prompt_mask": chains.prompt_mask}
+    if chains.attention_mask is not None:
+        rows["attention_mask"] = chains.attention_mask
     return {name: join_blocks(each, chains.num_blocks) for name, each in rows.items()}
 
 
@@ -312,11 +360,57 @@ def _chosen(chains: Chains, sequences: Tensor) -> Chains:
     return chains.map(lambda tensor: tensor[rows])
 
 
-def _all(first: Chains, *more: Chains) -> Chains:
-    """Return the chains of several one after the other."""
-    parts = [chains.tensors() for chains in (first, *more)]
+def _all(block_size: int | None, *some: Chains) -> Chains:
+    """Return the chains of several one after the other, all padded to the longest."""
+    length = max(chains.num_blocks * chains.x0.shape[1] for chains in some)
+    some = tuple(chains.with_length(length, block_size) for chains in some)
+    if any(chains.attention_mask is not None for chains in some):
+        some = tuple(chains.with_attention() for chains in some)
+    first, parts = some[0], [chains.tensors() for chains in some]
     joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return replace(first, **joined)
+
+
+def begin(
+    process: ForwardProcess,
+    clean: Batch,
+    mask_id: int,
+    num_stages: int,
+    stage: Tensor,
+    block_size: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Chains:
+    """Start chains of clean sequences.
+
+    Args:
+        process: The forward process.
+        clean: A checked batch, (B, L), whose padding is last.
+        mask_id: The mask token.
+        num_stages: K.
+        stage: The stage that each sequence starts at, (B,) int64.
+        block_size: Cut the sequences into blocks of this length, which divides L; None for one chain each.
+        generator: Source of all randomness, on the device of the batch.
+    """
+    length = clean["input_ids"].shape[1]
+    stage = stage.repeat_interleave(length // (block_size or length))
+    chains = Chains.fully_masked(
+        clean["input_ids"], clean["prompt_mask"], mask_id, num_stages, stage, block_size or length,
+        clean.get("attention_mask"),
+    )  # fmt: skip
+    # With a threshold a chain that is shorter than K has fewer stages.
+    stage = stage * process.chain_stages(num_stages, chains.answer_length) // num_stages
+    return process.start(replace(chains, stage=stage), generator)
+
+
+def _up_to(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _with_blocks(known: Tensor, batch_size: int, blocks: int) -> Tensor:
+    """Return what the host knows, (2, N), with another number of blocks of each sequence; new ones are over."""
+    done, masked = known.view(2, batch_size, -1)
+    more = blocks - done.shape[1]
+    return torch.stack([F.pad(done, (0, more), value=1), F.pad(masked, (0, more))]).flatten(1)
 
 
 def _for_host(chains: Chains) -> Tensor:

@@ -1,7 +1,7 @@
 """What samplers return, and what they ask of a model."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +19,7 @@ class Sample:
         reveal_step: The forward pass after which each position was revealed, counted from 0; -1 where it was
             given, (B, L) int64.
         nfe: Forward passes each sequence took, (B,) int64.
+        attention_mask: False where a position is padding, (B, L) bool; None where nothing is.
 
     Example:
         >>> empty = Sample.of_masked(torch.tensor([[5, 9]]), mask_id=9)
@@ -29,12 +30,19 @@ class Sample:
     tokens: Tensor
     reveal_step: Tensor
     nfe: Tensor
+    attention_mask: Tensor | None = None
 
     @classmethod
     def of_masked(cls, xt: Tensor, mask_id: int) -> "Sample":
         """Make a sample of sequences, (B, L), in which nothing is revealed yet, for a sampler to fill in place."""
         nfe = torch.zeros(len(xt), dtype=torch.long, device=xt.device)
         return cls(xt.clone(), torch.where(xt == mask_id, 0, -1), nfe)
+
+    def in_order(self, order: Tensor) -> "Sample":
+        """Return the same with the positions of each row in another order, (B, L) int64; what comes after is cut."""
+        places = {"tokens": self.tokens, "reveal_step": self.reveal_step, "attention_mask": self.attention_mask}
+        moved: dict[str, Any] = {n: value.gather(1, order) for n, value in places.items() if value is not None}
+        return replace(self, **moved)
 
     def end_rows(self, rows: Tensor, masked: Tensor, start: int, eos_id: int) -> None:
         """Fill the rest of rows that have generated EOS with EOS, in place.
