@@ -48,7 +48,8 @@ class DataOffer:
     """What a DataModule may offer beyond its loaders. This class declares all of it, and nothing else reads it.
 
     Nothing is required, and there is no class to inherit from: any ``LightningDataModule`` will do whose loaders return
-    batches ``{"input_ids": (B, L) int64, "prompt_mask": (B, L) bool}`` (and more, see ``data/batch.py``). What it has under these names is used as well:
+    batches ``{"input_ids": (B, L) int64, "prompt_mask": (B, L) bool}``; ``data/batch.py`` says what else may be in
+    them. What it has under these names is used as well:
 
     - ``vocab_size``, ``mask_id`` and ``eos_id``, set in ``__init__``: the command line gives them to the model;
     - ``decode``, ``picture`` and ``tokenizer_fingerprint``, which are looked up when they are needed, so that they may
