@@ -209,7 +209,8 @@ def asks_a_data_module(node: ast.AST) -> bool:
         return node.attr == "datamodule"
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr")):
         return False
-    return any("data" in ast.unparse(argument).lower().split(".")[-1] for argument in node.args[:2])
+    names = [ast.unparse(argument).lower().split(".")[-1] for argument in node.args[:2]]
+    return any("data" in name and "dataset" not in name for name in names)
 
 
 def test_nothing_else_asks_a_data_module_what_it_has() -> None:
