@@ -44,7 +44,7 @@ class Run:
     def __init__(self, config: Config, folder: Path, shared: Path, ckpt: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.said = min((path.stat().st_size for path in folder.glob("output.*.txt")), default=0)
+        self.said = {path.name: path.stat().st_size for path in folder.glob("output.*.txt")}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -82,8 +82,8 @@ class Run:
 
     def heard(self) -> bool:
         """Return whether a process said that it was asked to end, which it can only while it trains."""
-        texts = (self.folder / f"output.{rank}.txt" for rank in self.codes)
-        return any("saving after this batch" in path.read_text()[self.said :] for path in texts if path.exists())
+        texts = {path.name: path.read_bytes() for path in self.folder.glob("output.*.txt")}
+        return any(b"saving after this batch" in text[self.said.get(name, 0) :] for name, text in texts.items())
 
     def kill(self) -> None:
         """End what is left, and have it say where it was."""
@@ -217,7 +217,8 @@ def _compare(alone: Path, killed: Path, processes: int) -> list[str]:
         expected = _lines(alone / f"records.{rank}.jsonl")
         found = _lines(killed / f"records.{rank}.jsonl")
         if _last_batch(expected) in found:  # a run that is resumed when it is over does not say again what it led to
-            expected = {key: lines for key, lines in expected.items() if key in found or key not in ENDS}
+            ends = {*ENDS, _last_batch(expected).replace("batch", "validation")}
+            expected = {key: lines for key, lines in expected.items() if key in found or key not in ends}
         unlike += [f"rank {rank}: {key} is missing" for key in expected if key not in found]
         unlike += [f"rank {rank}: {key} is new" for key in found if key not in expected]
         for key, lines in found.items():
