@@ -381,5 +381,6 @@ def test_two_processes_share_the_work_and_resume_exactly():
     for name, value in one_process.items():
         if name not in ("val/loss", "val/perplexity"):  # their masks are drawn for each batch and rank
             assert value == pytest.approx(two_processes[name]), name
-    alone = torch.load(fit("--data.batch_size=4", "--ckpt_path", str(half)) / "checkpoints/last.ckpt", weights_only=True)
+    folder = fit("--data.batch_size=4", "--ckpt_path", str(half))
+    alone = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert alone["global_step"] == 6 and alone["puma_lightning"]["world_size"] == 1
