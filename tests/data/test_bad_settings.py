@@ -207,18 +207,24 @@ def test_more_word_problems_than_there_are_end(monkeypatch: pytest.MonkeyPatch) 
     [
         ("--seed_everything=-1", "seed_everything: expected 0..4294967295, got -1"),
         ("--seed_everything=1099511627776", "seed_everything: expected 0..4294967295"),
-        ("--model.init_args.mask_id=3", "model.init_args.mask_id: expected 10, which is what the data has, got 3"),
+        ("--model.init_args.mask_id=3", "model.init_args.mask_id: expected 5, which is what the data has, got 3"),
         (
             "--model.init_args.backbone.init_args.vocab_size=99",
-            "vocab_size: expected 11, which is what the data has, got 99",
+            "vocab_size: expected 6, which is what the data has, got 99",
         ),
     ],
 )
 def test_the_command_line_ignores_nothing(
-    argument: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    argument: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     parts = ("model=MaskedDiffusion", "model.backbone=TransformerBackbone", "model.forward_process=RandomMasking")
     with pytest.raises(SystemExit):
-        data = ("--data=SudokuDataModule", "--trainer.accelerator=cpu", "--trainer.logger=false")
-        main(["fit", *(f"--{part}" for part in parts), *data, argument])
+        data = (
+            "--data=SudokuDataModule",
+            "--data.order=4",
+            f"--data.cache_dir={tmp_path}",
+            "--trainer.fast_dev_run=true",
+        )
+        main(["fit", *(f"--{part}" for part in parts), *data, "--trainer.fast_dev_run=true", argument])
     assert message in capsys.readouterr().err

@@ -172,6 +172,15 @@ def test_a_cache_knows_its_recipe(tmp_path: Path) -> None:
     assert keep(tmp_path, recipes[0]) == str(recipes[0])
 
 
+def test_what_is_known_of_a_cache_is_checked_too(tmp_path: Path) -> None:
+    good, _ = tokens(tmp_path)
+    (path,) = tmp_path.iterdir()
+    meta = (path / "meta.json").read_text()
+    (path / "meta.json").write_text(meta.replace('"rows": 25', '"rows": 35'))
+    with pytest.warns(UserWarning, match=r"damaged cache \(the checksum of meta.json differs"):
+        assert tokens(tmp_path) == (good, 1)
+
+
 def test_of_a_large_file_a_sample_is_checked_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(cache, "rank_zero_info", said.append)
@@ -297,6 +306,20 @@ def test_processes_that_make_one_cache_at_once_keep_one(tmp_path: Path, damage_f
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_cache_that_was_made_in_the_meantime_is_kept(tmp_path: Path) -> None:
+    """Somebody may be reading it."""
+    first: list[int] = []
+
+    def build(path: Path) -> dict[str, Any]:
+        keep(tmp_path, "same")
+        first.extend(each.stat().st_ino for each in tmp_path.glob("some-*"))
+        (path / "file").write_text("same")
+        return {}
+
+    assert from_cache(tmp_path, "some", "same", build, lambda path, _: (path / "file").read_text()) == "same"  # type: ignore[arg-type]
+    assert [path.stat().st_ino for path in tmp_path.iterdir()] == first
 
 
 @contextmanager
