@@ -45,7 +45,7 @@ def cases() -> Iterator[tuple[Any, str, Any]]:
             elif name.endswith("_file"):
                 for value in ("", "  ", [], 5, [""], {}, [None], "/dev/null", "/no/such.csv", "~nobody-here/a.csv"):
                     yield kind, name, value
-            elif name in ("layout", "padding", "text_unit", "packing"):
+            elif name in ("layout", "padding", "text_unit", "packing", "streaming"):
                 for value in ("other", 5, None, ["line"]):
                     yield kind, name, value
             elif name == "tokenizer":

@@ -131,8 +131,7 @@ def contents_of(files: Sequence[Path], folder: Path) -> list[list[str]]:
     now: dict[str, Any] = {}
     unread = []
     for name, file in zip(names, files, strict=True):
-        status = file.stat()
-        now[name] = [[status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns], None]
+        now[name] = [status_of(file), None]
         match known.get(name):
             case [list(before), str(content)] if before == now[name][0]:
                 now[name][1] = content
@@ -151,6 +150,12 @@ def contents_of(files: Sequence[Path], folder: Path) -> list[list[str]]:
         with suppress(OSError), replacing(memory) as temporary:  # the cache may be for reading only
             temporary.write_text(json.dumps(settled))
     return [["".join(Path(name).suffixes[-2:]), now[name][1]] for name in names]
+
+
+def status_of(file: Path) -> list[int]:
+    """Return what changes when a file is written to or replaced: inode, size, and the times of both kinds of change."""
+    status = file.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 class _Damaged(Exception):

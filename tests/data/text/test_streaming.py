@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 from collections import Counter
 from functools import partial
@@ -318,3 +319,18 @@ def test_of_the_hub_no_more_is_read_than_is_wanted(tmp_path: Path, monkeypatch: 
     items = iter(stream_of(data))
     assert {text(data, next(items)) for _ in range(7)} == {f"train row {i}" for i in range(7)}
     assert before <= 50_000 and read["train"] - before <= 8 and read["validation"] <= 4
+
+
+def test_streamed_files_are_not_read_for_the_name_of_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may have no end that anybody waits for; what tells of a change is enough."""
+    monkeypatch.setattr("puma_lightning.data.text.sources.contents_of", lambda *_: pytest.fail("read"))
+    file = tmp_path / "a.txt"
+    file.write_text("one two\n" * 50)
+    data = TextDataModule(str(file), streaming=True, cache_dir=str(tmp_path / "cache"))
+    before = data.identity("train")
+    assert data.identity("train") == before
+    other = tmp_path / "b.txt"
+    other.write_text("one 2wo\n" * 50)
+    os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    os.replace(other, file)
+    assert data.identity("train") != before

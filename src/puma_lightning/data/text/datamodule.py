@@ -148,8 +148,9 @@ class TextDataModule(pl.LightningDataModule):
             if value not in get_args(choices):
                 expected = ", ".join(get_args(choices))
                 raise ValueError(f"{argument}: expected one of {expected}, got {value!r}; choose one of these")
-        if not isinstance(packing, bool):
-            raise ValueError(f"packing: expected true or false, got {packing!r}; choose one of these")
+        for argument, flag in (("packing", packing), ("streaming", streaming)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{argument}: expected true or false, got {flag!r}; choose one of these")
         self.text_column = check_name("text_column", text_column)
         self.text_unit = text_unit
         self.sequence_length = in_range("sequence_length", sequence_length, 2, _LONGEST)
@@ -240,7 +241,8 @@ class TextDataModule(pl.LightningDataModule):
         It is part of the cache's name. Override it where that is known without loading the rows.
         """
         if name in self.sources:
-            return {**self.sources[name].identity(self.cache_dir), "text_unit": self.text_unit}
+            streamed = self.streaming and name == "train"
+            return {**self.sources[name].identity(self.cache_dir, streamed), "text_unit": self.text_unit}
         return {"fingerprint": self._loaded_rows(name)._fingerprint}
 
     def encode(self, rows: dict[str, list[Any]], tokenize: Tokenize) -> Sequence[Example]:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from puma_lightning.data.base import paths_of
-from puma_lightning.data.cache import contents_of, from_cache
+from puma_lightning.data.cache import contents_of, from_cache, status_of
 from puma_lightning.hub import from_hub
 
 if TYPE_CHECKING:
@@ -43,10 +43,17 @@ class Source:
     kind: str = ""
     hub: tuple[str, str | None, str] = ("", None, "")
 
-    def identity(self, cache_dir: Path) -> dict[str, object]:
-        """Return what changes when the rows do, in JSON's types; hashes of files are remembered in ``cache_dir``."""
+    def identity(self, cache_dir: Path, streamed: bool = False) -> dict[str, object]:
+        """Return what changes when the rows do, in JSON's types.
+
+        Args:
+            cache_dir: Where the hashes of files are remembered.
+            streamed: Whether the files may be too large to be read for it: what tells of a change is enough then.
+        """
         if not self.files:
             return {"hub": list(self.hub)}
+        if streamed:
+            return {"streamed": [[str(file), *status_of(file)] for file in self.files]}
         return {"files": contents_of(self.files, cache_dir)}
 
     def load(self, cache_dir: Path, text_unit: str = "line") -> Dataset:

@@ -80,7 +80,7 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
         raise ValueError(
             f"tokenizer: expected one that can encode any text, got: {error}; give it a token for what it does not "
             "know, or name another one"
-        ) from error
+        ) from None
 
 
 def load_tokenizer(name: str) -> Tokenizer:
