@@ -76,6 +76,7 @@ def test_the_command_line_builds_it() -> None:
     [
         ({"timeout": 0}, "timeout: expected more than 0 seconds, got 0"),
         ({"timeout": float("nan")}, "timeout: expected more than 0 seconds, got nan"),
+        ({"timeout": float("inf")}, "timeout: expected more than 0 seconds.*got inf"),
         ({"memory_mb": 8}, "memory_mb: expected at least 64.*got 8"),
         ({"workers": 0}, "workers: expected at least 1 or null, got 0"),
     ],
@@ -90,3 +91,10 @@ def test_bad_answers_are_refused() -> None:
         ProgramAccuracy().update(TEXTS[:2], ["1", "many"])
     with pytest.raises(ValueError, match="answers: expected one for each of 2 completions, got 1"):
         ProgramAccuracy().update(TEXTS[:2], ["1"])
+
+
+def test_a_system_that_cannot_hold_programs_is_refused_when_the_metric_is_made(monkeypatch) -> None:
+    monkeypatch.setattr("puma_lightning.programs.runner.platform.machine", lambda: "riscv64")
+    with pytest.raises(ValueError, match=r"programs: expected Linux on x86_64.*riscv64"):
+        ProgramAccuracy()
+    assert ProgramAccuracy(unsafe_without_filter=True).unsafe_without_filter

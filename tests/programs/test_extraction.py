@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from puma_lightning.programs import extract_program
+from puma_lightning.programs import extract_program, run_programs
 from puma_lightning.programs.extraction import MAX_CHARS
 
 F = "def simple_math_problem():\n    return 42\n"
@@ -16,7 +16,7 @@ F = "def simple_math_problem():\n    return 42\n"
         F.rstrip() + "<|im_end|><|endoftext|>",
         F + "<|endoftext|>def simple_math_problem():\n    return 1\n",
         f"Sure!\n```python\n{F}```\nThe answer is 42.",
-        f"```\nx = 1\n```\nor\n```py\n{F}```",
+        f"```text\nx = 1\n```\nor\n```py\n{F}```",
         f"```python\n{F}",  # not closed
         f"Let us see.\n\n{F}\nThe answer is 42.\nDone!",
         F + "\nThis isn't code.",
@@ -29,9 +29,41 @@ def test_finds_the_function(text: str) -> None:
     assert extract_program(text) == F
 
 
-def test_keeps_imports_helpers_and_decorators_directly_above() -> None:
-    source = "import math\n\nfrom fractions import Fraction\n\ndef helper():\n    return 1\n\n" + F
-    assert extract_program("I import from memory\n" + source) == source
+@pytest.mark.parametrize(
+    "above",
+    [
+        "import math\n\nfrom fractions import Fraction\n\ndef helper():\n    return 1\n\n",
+        "import math\n# Prices are in dollars.\n",
+        "import math\n\nRATE = 0.5  # a constant\nDAYS: int = 7\n",
+        "PRICES = [\n1,\n2,\n]\n",
+        "NOTE = '''\nfree words, and (\n'''\n",
+        "from math import *\nHALF = floor(2.5)\n",
+        "try:\n    import math as m\nexcept ImportError:\n    m = None\n",
+        "if True:\n    a = 1\nelse:\n    a = 2\n# and\nb = a + 1\n",
+        "import functools\n\n@functools.lru_cache(None)\ndef helper(n: int = 3) -> int:\n    return n\n\n",
+        "class Shop:\n    price = 2\n\n    def cost(self, n):\n        return self.price * n\n\n",
+        "square = lambda n: later(n)\ndef later(n):\n    return n * n\n",
+        "pairs = [(i, j) for i in range(3) for j in range(i)]\nprint(len(pairs))\n",
+        "match 3:\n    case int(n):\n        size = n\n",
+    ],
+)
+def test_keeps_all_that_parses_and_may_run(above: str) -> None:
+    source = above + F
+    assert extract_program(source) == source
+    assert extract_program("I import from memory:\n" + source + "Done (at last") == source
+    assert extract_program(f"First:\n```python\n{above}```\nthen\n```python\n{F}```\nand\n```\nx\n```") is not None
+    assert run_programs([f"```python\n{above}```\nthen:\n```python\n{F}```"])[0].result == 42
+
+
+@pytest.mark.parametrize(
+    "prose",
+    ["Solution", "Answer", "Total = price * quantity", "It's easy (really", "Step 1: multiply\nStep 2: add",
+     "price * quantity", "We return 42.", "def", "x = 5 apples", "* a list\n* of two", "return to sender"],
+)  # fmt: skip
+def test_prose_is_no_code(prose: str) -> None:
+    assert extract_program(f"{prose}\n{F}") == F
+    assert extract_program(f"{F}{prose}\n") == F
+    assert extract_program(f"import math\n{prose}\n{F}") == "import math\n" + F
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import gc
 import importlib.util
 import json
 import os
+import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,13 +14,20 @@ from pathlib import Path
 
 import pytest
 
+from puma_lightning.data.word_problems.generate import make_problems
 from puma_lightning.programs import parse_number, run_programs, same_number
 from puma_lightning.programs import runner as runner_module
 
-spec = importlib.util.spec_from_file_location("attacks", Path(__file__).with_name("attacks.py"))
-attacks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(attacks)
-ATTACKS = attacks.ATTACKS
+
+def beside(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ATTACKS = beside("attacks").ATTACKS
+hostile = beside("hostile")
 
 GOOD = "def simple_math_problem():\n    return 6 * 7\n"
 PROGRAMS = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train_programs.jsonl"
@@ -73,6 +82,51 @@ def test_every_attack_fails(nothing_changes) -> None:
     right = {name: run for name, run in zip(names, runs[::2], strict=True) if same_number(run.result, 42)}
     assert not right
     assert all(len(str(run.result)) < 2000 and len(run.error) < 2000 for run in runs)
+
+
+def test_every_combination_fails(nothing_changes) -> None:
+    """Each thing to try, in each way to hide it, beside good programs, which are all judged right."""
+    programs = hostile.programs(200)
+    assert len(programs) == 200
+    assert {way for way in hostile.HIDE} == {name.split(", ")[-1] for name in programs}
+    runs = run_programs([text for program in programs.values() for text in (program, GOOD)], 0.5, 128, workers=2)
+    assert [run.result for run in runs[1::2]] == [42] * len(programs)
+    assert not [name for name, run in zip(programs, runs[::2], strict=True) if same_number(run.result, 42)]
+
+
+def test_mutated_programs_fail(nothing_changes) -> None:
+    draw = random.Random(0)
+    problems = make_problems(60, 0, "test")
+    texts = [text for p in problems for text in (hostile.mutated(p["code"], draw), p["code"])]
+    runs = run_programs(texts, timeout=0.5, memory_mb=128, workers=2)
+    golds = [parse_number(problem["answer"]) for problem in problems]
+    assert all(same_number(run.result, gold) for run, gold in zip(runs[1::2], golds, strict=True))
+    assert not any(same_number(run.result, hostile.REACHED) for run in runs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ten_thousand_programs_leave_nothing_behind(nothing_changes, tmp_path: Path, monkeypatch) -> None:
+    def memory() -> int:
+        gc.collect()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    monkeypatch.setattr(runner_module.tempfile, "tempdir", str(tmp_path))
+    draw = random.Random(1)
+    problems = make_problems(4000, 1, "test")
+    bad = [*hostile.programs(600).values(), *ATTACKS.values()]
+    good = [(problem["code"], parse_number(problem["answer"])) for problem in problems]
+    texts = [draw.choice(good) for _ in range(9000)]
+    texts += [(text, None) for text in (draw.choice(bad) for _ in range(500))]
+    texts += [(hostile.mutated(draw.choice(good)[0], draw), None) for _ in range(500)]
+    draw.shuffle(texts)
+    run_programs([text for text, _ in texts[:100]], 0.5, 128)
+    before = memory()
+    runs = run_programs([text for text, _ in texts], timeout=0.5, memory_mb=128)
+    wrong = [run for run, (_, gold) in zip(runs, texts, strict=True) if gold is not None and run.result != gold]
+    assert not wrong
+    assert memory() - before < 16 << 10
+    assert not list(tmp_path.iterdir())
 
 
 def test_attacks_end_as_they_should() -> None:
@@ -161,20 +215,98 @@ def test_results_are_repeatable() -> None:
     assert len({run.result for run in run_programs([draw] * 20, workers=2)}) == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="seccomp is of Linux")
-def test_the_kernel_kills_a_child_that_gets_past_the_hook() -> None:
+# Types that read or write memory, call native code or come from a module that does.
+WALK = """
+found, seen, pending = [], set(), [object]
+while pending:
+    for c in type.__subclasses__(pending.pop()):
+        if c not in seen:
+            seen.add(c)
+            pending.append(c)
+            if c.__module__.split('.')[0] in ('ctypes', '_ctypes', 'mmap', '_cffi_backend', '_multiprocessing') or (
+                any(hasattr(c, name) for name in ('from_address', 'from_buffer', 'in_dll', 'from_param'))
+            ):
+                found.append(c.__name__)
+found = f"{len(seen) > 100} {' '.join(sorted(set(found)))}"
+"""
+
+
+def test_no_type_that_reaches_memory_can_be_found() -> None:
+    imports = "\n".join(f"import {name}" for name in importable())
+    (run,) = run_programs([f"{imports}\ndef simple_math_problem():\n{indented(WALK)}    return found\n"])
+    assert (run.outcome, run.result) == ("ok", "True "), run
+    elsewhere = subprocess.check_output([sys.executable, "-c", f"import ctypes\n{WALK}print(found)"], text=True)
+    assert "_SimpleCData" in elsewhere and "_Pointer" in elsewhere  # where there are some, it finds them
+
+
+def importable() -> list[str]:
+    """All that a program may import."""
+    listed = re.search(r"^MODULES = \{(.*?)^\}", WORKER.with_name("cell.py").read_text(), re.M | re.S)[1]
+    return re.findall(r'^    "(\w+)":', listed, re.M)
+
+
+def indented(source: str) -> str:
+    return "".join(f"    {line}\n" for line in source.strip().split("\n"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="filters of system calls are of Linux")
+@pytest.mark.parametrize(
+    "call",
+    ["os.fork()", "os.kill(os.getpid(), 0)", "os.execv('/bin/true', ['true'])", "socket.socket()", "os.unlink('x')",
+     "os.mkdir('x')", "os.rename('x', 'y')", "os.chmod('.', 0o700)", "os.symlink('x', 'y')", "os.truncate('x', 0)",
+     "os.open('x', os.O_WRONLY)", "os.open('x', os.O_RDWR)", "os.open('.', os.O_CREAT)", "os.open('x', os.O_TRUNC)",
+     "os.pipe()", "os.memfd_create('x')", "os.setsid()", "os.nice(1)", "signal.setitimer(0, 0)", "time.sleep(9)",
+     "fcntl.fcntl(1, fcntl.F_SETOWN, 1)", "resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)",
+     "resource.prlimit(1, resource.RLIMIT_CPU, (1, 1))", "libc.ptrace(0, 0, 0, 0)", "libc.unshare(0)",
+     "libc.syscall(425, 0, 0)", "libc.syscall(321, 0, 0, 0)", "libc.process_vm_readv(1, 0, 0, 0, 0, 0)"],
+)  # fmt: skip
+def test_the_kernel_refuses_what_gets_past_all_else(call: str, tmp_path: Path) -> None:
+    """The list of system calls has no way to harm, even for native code."""
     code = (
-        f"import sys; sys.path.insert(0, {str(WORKER.parent)!r}); import worker, os; "
-        "worker._syscall_filter(worker._prctl())(); os.write(1, b'in'); os.getppid(); os.write(1, b'out')"
+        f"import sys; sys.path.insert(0, {str(WORKER.parent)!r}); import worker, os, fcntl, resource, signal, time\n"
+        "import socket, ctypes\nlibc = worker._LIBC\nworker._filter_syscalls(0)\n"
+        "open('/dev/null').close()\n"
+        f"try: answer = {call}\nexcept OSError as error: answer = -error.errno\n"
+        "os.write(1, str(-ctypes.get_errno() if answer == -1 else answer).encode())"
     )
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], stdout=subprocess.PIPE, check=False)
-    assert done.stdout == b"in" and done.returncode == -31  # SIGSYS
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], stdout=subprocess.PIPE, check=True, cwd=tmp_path)
+    assert done.stdout == b"-38"  # ENOSYS, as if the kernel did not have it
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", ["puma_lightning", "torch", "site"])
-def test_the_worker_imports_nothing_of_the_trainer(module: str) -> None:
-    imports = re.findall(r"^(?:from|import) (\w+)", WORKER.read_text(), re.M)
-    assert module not in imports and set(imports) <= sys.stdlib_module_names
+@pytest.mark.skipif(sys.platform != "linux", reason="filters of system calls are of Linux")
+def test_where_the_filter_is_refused_no_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, for which an option that it does not know stands here."""
+    for path in WORKER.parent.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    worker = tmp_path / "worker.py"
+    worker.write_text(re.sub(r"(PR_SET_NO_NEW_PRIVS = 1, 4, )22", r"\g<1>12345", worker.read_text()))
+    monkeypatch.setattr(runner_module, "_WORKER", worker)
+    with pytest.raises(RuntimeError, match=r"prctl 12345 refused.*seccomp"):
+        run_programs([GOOD])
+    (run,) = run_programs([GOOD], unsafe_without_filter=True)
+    assert run.result == 42
+
+
+@pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("linux", "riscv64")])
+def test_systems_without_a_filter_are_named(system: str, machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(runner_module.platform, "machine", lambda: machine)
+    with pytest.raises(ValueError, match=f"programs: expected Linux.*got {system} on {machine}.*unsafe_without_filter"):
+        runner_module.check_filter()
+    runner_module.check_filter(unsafe_without_filter=True)
+
+
+@pytest.mark.parametrize(
+    ("script", "allowed"),
+    [
+        ("worker.py", sys.stdlib_module_names - {"site"}),
+        ("cell.py", {"_warnings", "builtins", "os", "resource", "sys"}),
+        ("extraction.py", {"_ast", "builtins"}),
+    ],
+)
+def test_what_runs_programs_imports_little(script: str, allowed: set[str]) -> None:
+    assert set(re.findall(r"^(?:from|import) (\w+)", WORKER.with_name(script).read_text(), re.M)) <= allowed
 
 
 def test_a_stuck_or_killed_worker_is_replaced(monkeypatch: pytest.MonkeyPatch, nothing_changes) -> None:
@@ -223,7 +355,7 @@ def test_programs_die_with_the_trainer(tmp_path: Path) -> None:
 
 def test_a_python_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match=r"expected a worker for programs to start.*check that /bin/false"):
+    with pytest.raises(RuntimeError, match=r"expected a process that can be locked in.*check that /bin/false"):
         run_programs([GOOD])
 
 

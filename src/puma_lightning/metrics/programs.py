@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from puma_lightning.programs import Outcome, parse_number, run_programs, same_number
-from puma_lightning.programs.runner import default_workers
+from puma_lightning.programs.runner import check_filter, default_workers
 
 
 class ProgramAccuracy(Metric):
@@ -22,6 +22,10 @@ class ProgramAccuracy(Metric):
         timeout: Seconds a program may take.
         memory_mb: MiB of address space a program may use.
         workers: Programs run at a time; null for the cores of this rank, at most 8.
+        unsafe_without_filter: Run programs where the system has no filter of system calls to hold them, such as macOS.
+
+    Raises:
+        ValueError: If a limit is too low, or such a filter is missing.
     """
 
     full_state_update = False
@@ -33,7 +37,13 @@ class ProgramAccuracy(Metric):
     crashed: Tensor
     timed_out: Tensor
 
-    def __init__(self, timeout: float = 2.0, memory_mb: int = 256, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        timeout: float = 2.0,
+        memory_mb: int = 256,
+        workers: int | None = None,
+        unsafe_without_filter: bool = False,
+    ) -> None:
         super().__init__()
         if not (math.isfinite(timeout) and timeout > 0):
             raise ValueError(f"timeout: expected more than 0 seconds, got {timeout}; 2 is enough for word problems")
@@ -45,7 +55,9 @@ class ProgramAccuracy(Metric):
             raise ValueError(
                 f"workers: expected at least 1 or null, got {workers}; leave it out to use the cores there are"
             )
+        check_filter(unsafe_without_filter)
         self.timeout, self.memory_mb, self.workers = timeout, memory_mb, workers
+        self.unsafe_without_filter = unsafe_without_filter
         for name in ("total", "correct", "unparsable", "crashed", "timed_out"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
@@ -66,7 +78,7 @@ class ProgramAccuracy(Metric):
         # torchrun says how many ranks this machine has; without it, share with all there are.
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         workers = self.workers or default_workers(ranks)
-        runs = run_programs(completions, self.timeout, self.memory_mb, workers)
+        runs = run_programs(completions, self.timeout, self.memory_mb, workers, self.unsafe_without_filter)
         return [
             {
                 "program_result": _plain(run.result),

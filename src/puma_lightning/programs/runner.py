@@ -7,6 +7,7 @@ its main module; here a worker is a bare Python that inherits nothing and answer
 
 import contextlib
 import os
+import platform
 import queue
 import struct
 import subprocess
@@ -21,10 +22,12 @@ from typing import Literal
 from tqdm import tqdm
 
 from puma_lightning.programs.extraction import MAX_CHARS, cut_at_end_token
+from puma_lightning.programs.worker import ARCHITECTURES, FLAGS, START
 
 Outcome = Literal["ok", "unparsable", "crashed", "timed_out"]
 _WORKER = Path(__file__).with_name("worker.py")
-_GRACE = 10.0  # seconds beyond the wall limit after which a worker itself is given up
+_GRACE = START + 10.0  # seconds beyond the wall limit after which a worker itself is given up
+_PATIENCE = 5.0  # seconds that a worker may take to end
 _LONGEST_ANSWER = 1 << 16  # bytes; a worker writes far less
 _KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")  # what some builds of Python need to start
 _PER_WORKER = 8  # programs that make another worker worth its start
@@ -53,10 +56,28 @@ def default_workers(ranks: int = 1) -> int:
     return min(8, max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or ranks))))
 
 
+def check_filter(unsafe_without_filter: bool = False) -> None:
+    """Refuse to run programs where no filter of system calls can hold them, unless that is asked for.
+
+    Raises:
+        ValueError: If this is not Linux on x86_64 or aarch64.
+    """
+    here = f"{sys.platform} on {platform.machine()}"
+    if not unsafe_without_filter and (sys.platform != "linux" or platform.machine() not in ARCHITECTURES):
+        raise ValueError(
+            f"programs: expected Linux on {' or '.join(ARCHITECTURES)}, whose kernel keeps a program from files and "
+            f"network, got {here}; run them there, or set unsafe_without_filter=True where nothing can be harmed"
+        )
+
+
 def run_programs(
-    texts: Sequence[str], timeout: float = 2.0, memory_mb: int = 256, workers: int | None = None
+    texts: Sequence[str],
+    timeout: float = 2.0,
+    memory_mb: int = 256,
+    workers: int | None = None,
+    unsafe_without_filter: bool = False,
 ) -> list[ProgramRun]:
-    """Find the program in each generated text (see ``extract_program``) and runs it in isolation.
+    """Find the program in each generated text (see ``extract_program``) and run it in isolation.
 
     Nothing is left of a program for the next one. All processes end with the call.
 
@@ -65,13 +86,17 @@ def run_programs(
         timeout: Seconds a program may take.
         memory_mb: MiB of address space a program may use.
         workers: Programs at a time; None for ``default_workers``.
+        unsafe_without_filter: Run programs though no filter of system calls holds them. What is left keeps out what a
+            model writes by mistake, not what is written to break out.
 
     Returns:
         As many results, in order.
 
     Raises:
-        RuntimeError: If workers cannot be started.
+        ValueError: If the system has no such filter (see ``check_filter``).
+        RuntimeError: If workers cannot be started, or the kernel refuses the filter.
     """
+    check_filter(unsafe_without_filter)
     runs: list[ProgramRun] = [ProgramRun("unparsable")] * len(texts)
     jobs: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
     for i, text in enumerate(texts):
@@ -84,7 +109,8 @@ def run_programs(
     done: queue.SimpleQueue[tuple[int, ProgramRun] | RuntimeError] = queue.SimpleQueue()
     count = min(workers or default_workers(), -(-pending // _PER_WORKER))
     with tempfile.TemporaryDirectory(prefix="programs-") as folder:
-        lanes = [_Lane(jobs, done, folder, timeout, memory_mb) for _ in range(count)]
+        limits = (str(timeout), str(memory_mb), "unfiltered" if unsafe_without_filter else "filtered")
+        lanes = [_Lane(jobs, done, folder, timeout, limits) for _ in range(count)]
         try:
             for lane in lanes:
                 lane.start()
@@ -110,11 +136,11 @@ class _Lane(threading.Thread):
         done: "queue.SimpleQueue[tuple[int, ProgramRun] | RuntimeError]",
         folder: str,
         timeout: float,
-        memory_mb: int,
+        limits: tuple[str, ...],
     ) -> None:
         super().__init__(daemon=True)
         self.jobs, self.done, self.folder = jobs, done, folder
-        self.timeout, self.memory_mb = timeout, memory_mb
+        self.timeout, self.limits = timeout, limits
         self.lock = threading.Lock()  # close() comes from another thread
         self.closed = False
         self.process: subprocess.Popen[bytes] | None = None
@@ -137,7 +163,7 @@ class _Lane(threading.Thread):
         with self.lock:
             self.closed = True
             if self.process is not None:
-                self.process.kill()
+                self.process.terminate()
 
     def _judge(self, source: bytes) -> ProgramRun:
         worker = self.process or self._start_worker()
@@ -159,19 +185,18 @@ class _Lane(threading.Thread):
         with self.lock:
             if self.closed:
                 raise RuntimeError("closed")
-            # Not -I, which would ignore the fixed seed of hashes; all other variables are gone anyway.
             self.process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-P", "-B", str(_WORKER), str(self.timeout), str(self.memory_mb)],
+                [sys.executable, *FLAGS, str(_WORKER), *self.limits],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.folder,
                 env={**kept, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "TZ": "UTC0"}, start_new_session=True,
             )  # fmt: skip
-        if _receive(self.process) != b"ready":
+        if (answer := _receive(self.process)) != b"ready":
             self.process.kill()
             assert self.process.stderr is not None
-            words = self.process.stderr.read().decode(errors="replace")[-2000:]
+            words = (answer or self.process.stderr.read()).decode(errors="replace")[-2000:]
             raise RuntimeError(
-                f"expected a worker for programs to start, it ended with: {words}; "
-                f"check that {sys.executable} runs and that processes and memory are left"
+                f"programs: expected a process that can be locked in, got: {words}; check that {sys.executable} runs, "
+                "that processes and memory are left and that this system allows filters of system calls (seccomp)"
             )
         return self.process
 
@@ -179,7 +204,11 @@ class _Lane(threading.Thread):
         with self.lock:
             worker, self.process = self.process, None
         if worker is not None:
-            worker.kill()
+            worker.terminate()  # it takes its program with it
+            try:
+                worker.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                worker.kill()
             for pipe in (worker.stdin, worker.stdout, worker.stderr):
                 assert pipe is not None
                 with contextlib.suppress(OSError):  # an unsent rest of a request

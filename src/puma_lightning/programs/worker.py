@@ -1,26 +1,26 @@
-"""The process that runs programs: a bare script, which never imports the package.
+"""The process that starts programs: a bare script, which never imports the package.
 
-Started by the runner, it imports what programs may import, gives up its privileges and then forks once for every
-program. So a program costs a fork instead of a start of Python, and needs no file: a child can be denied all of them.
-
-What holds a child, from the outside in; each layer has to fail before the next one matters:
+Started by the runner, it answers requests one at a time. For each it forks, gives up what a program does not need and
+starts a bare Python in the fork, which runs ``cell.py``. What holds a program, from the outside in; each layer has to
+fail before the next one matters:
 
 1. this process reads a bounded message from it and kills its process group at the wall limit;
-2. resource limits: CPU time, memory, no new file descriptors, no processes, no file growth;
-3. on Linux a seccomp filter: a system call beyond memory, time and writing to open descriptors is death. As root also
-   another user and an empty root directory;
-4. an audit hook ends the child at the first event that is not on a list, such as an import, an open or a look at a
+2. resource limits: CPU time, memory, no processes, no file growth, and from ``cell.py`` on no new file descriptors;
+3. on Linux a filter of system calls. It is set before Python starts, so it lets Python read files; it knows no other
+   process, no network and no way to change a file. As root also another user and an empty root directory;
+4. an audit hook ends the program at the first event that is not on a list, such as an import, an open or a look at a
    frame; Python code cannot remove it;
 5. the modules that could do harm without raising an event (``os.write``) are emptied.
+
+Limits and filter are set by way of ``ctypes``, whose types read and write memory and call native code. The interpreter
+of a program has never had it, so they are not there to be found.
 
 A message counts only behind a nonce that lies in a local variable of a frame, so printing, or finding the descriptor,
 forges nothing. The right answer is never sent here.
 """
 
-import builtins
 import contextlib
 import ctypes
-import importlib
 import os
 import platform
 import resource
@@ -28,101 +28,106 @@ import select
 import signal
 import struct
 import sys
+import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
 
-# Functions below look names up here, out of reach of a program that patches builtins.
-globals()["__builtins__"] = dict(vars(builtins))
-
-MODULES = (
-    "bisect", "calendar", "cmath", "collections", "collections.abc", "copy", "dataclasses", "datetime", "decimal",
-    "enum", "fractions", "functools", "heapq", "itertools", "math", "numbers", "operator", "random", "re",
-    "statistics", "string", "typing",
-)  # fmt: skip
-# Imported by those, or by Python itself, when first needed.
-INTERNAL = (
-    "_strptime",
-    "_pylong",
-    "_decimal",
-    "_pydecimal",
-    "encodings",
-    "unicodedata",
-    "warnings",
-    "contextlib",
-    "time",
-)
-HARMFUL = (
-    "posix", "os", "_imp", "ctypes", "_ctypes", "_thread", "threading", "signal", "_signal", "gc", "select", "resource",
-    "importlib", "_posixsubprocess", "_socket", "fcntl", "faulthandler", "atexit", "marshal",
-)  # fmt: skip
-
-EVENTS = frozenset({"builtins.id", "compile", "exec", "sys._getframemodulename", "sys.unraisablehook"})
-# What decorators and named tuples read and set; of the others, frames lead to the harness.
-READABLE = frozenset({"__code__", "__defaults__", "__kwdefaults__"})
-SETTABLE = frozenset(
-    {"__module__", "__name__", "__qualname__", "__doc__", "__defaults__", "__kwdefaults__", "__bases__"}
-)
-
-# brk, clock_gettime, exit, exit_group, futex, getpid, getrandom, gettimeofday, madvise, mmap, mprotect, mremap, munmap,
-# restart_syscall, rseq, rt_sigprocmask, rt_sigreturn, sched_yield, sigaltstack, write
-SYSCALLS = {
-    "x86_64": (
-        0xC000003E,
-        (12, 228, 60, 231, 202, 39, 318, 96, 28, 9, 10, 25, 11, 219, 334, 14, 15, 24, 131, 1),
-    ),
-    "aarch64": (
-        0xC00000B7,
-        (214, 113, 93, 94, 98, 172, 278, 169, 233, 222, 226, 216, 215, 128, 293, 135, 139, 124, 132, 64),
-    ),
-}
-
-NOBODY = 65534
+CELL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cell.py")
+FLAGS = ("-s", "-S", "-P", "-B")  # not -I, which would ignore the fixed seed of hashes
 MAX_MESSAGE = 4096  # bytes, what a pipe takes at once
-MAX_TEXT = 500  # characters of a string or an error
-MAX_BITS = 4096  # of an int
+RESULT = 3  # the descriptor that a program's process answers on
+START = 10.0  # seconds in which a Python starts and finds the program; a machine may be slow, or have much to do
+DESCRIPTORS = 16  # what Python needs while it starts
+PROBE = "def simple_math_problem():\n    return 42\n"
+
+# What a starting Python, its C library and a program need, with its numbers on x86_64 and aarch64.
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+Numbers = tuple[int | None, ...]
+SYSCALLS: dict[str, Numbers] = {
+    "access": (21, None), "arch_prctl": (158, None), "brk": (12, 214), "clock_getres": (229, 114),
+    "clock_gettime": (228, 113), "close": (3, 57), "dup": (32, 23), "exit": (60, 93), "exit_group": (231, 94),
+    "faccessat": (269, 48), "faccessat2": (439, 439), "fstat": (5, 80), "futex": (202, 98), "getcwd": (79, 17),
+    "getdents64": (217, 61), "getegid": (108, 177), "geteuid": (107, 175), "getgid": (104, 176),
+    "getpid": (39, 172), "getrandom": (318, 278), "gettid": (186, 178), "gettimeofday": (96, 169),
+    "getuid": (102, 174), "ioctl": (16, 29), "lseek": (8, 62), "lstat": (6, None), "madvise": (28, 233),
+    "mmap": (9, 222), "mprotect": (10, 226), "mremap": (25, 216), "munmap": (11, 215), "newfstatat": (262, 79),
+    "pread64": (17, 67), "read": (0, 63), "readlink": (89, None), "readlinkat": (267, 78), "readv": (19, 65),
+    "restart_syscall": (219, 128), "rseq": (334, 293), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139), "sched_getaffinity": (204, 123), "sched_yield": (24, 124),
+    "set_robust_list": (273, 99), "set_tid_address": (218, 96), "sigaltstack": (131, 132), "stat": (4, None),
+    "statx": (332, 291), "sysinfo": (99, 179), "uname": (63, 160), "write": (1, 64), "writev": (20, 66),
+}  # fmt: skip
+# Those that only root may use, to become another user in an empty root directory.
+OF_ROOT: dict[str, Numbers] = {
+    "chroot": (161, 51),
+    "setgid": (106, 144),
+    "setgroups": (116, 159),
+    "setuid": (105, 146),
+}
+# Those that depend on an argument: which one, the bits of it that count, and the values that these may have.
+WORD = 0xFFFFFFFF
+READ_ONLY = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CONDITIONS: dict[str, tuple[Numbers, int, int, tuple[int, ...]]] = {
+    "fcntl": ((72, 25), 1, WORD, (1, 2, 3, 1030)),  # F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
+    "open": ((2, None), 1, READ_ONLY, (0,)),
+    "openat": ((257, 56), 2, READ_ONLY, (0,)),
+    "prlimit64": ((302, 261), 0, WORD, (0,)),  # of this process
+}
+EXECVE = (59, 221)
+ENOSYS = 38
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 
 
-def main(timeout: float, memory_mb: int) -> None:
+def main(timeout: float, memory_mb: int, unfiltered: bool) -> None:
     """Answer requests until standard input ends. Both directions: four bytes of length, then as many of UTF-8."""
-    warnings.simplefilter("ignore")  # showing one would open a file
-    for name in (*MODULES, *INTERNAL):
-        with contextlib.suppress(ImportError):  # not in every version
-            importlib.import_module(name)
-    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-    from extraction import extract_program  # type: ignore[import-not-found]
-
-    time.localtime()  # reads its files now
-    null = os.open(os.devnull, os.O_RDWR)
-    prctl = _prctl()
-    _drop_privileges()
-    prctl(PR_SET_DUMPABLE, 0)  # no tracing by others of the same user
-    _send(b"ready")
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    with contextlib.suppress(OSError):
+        _prctl(PR_SET_DUMPABLE, 0)  # no tracing by others of the same user
+    start = _Start(timeout, memory_mb, unfiltered)
+    answer = _run(PROBE.encode(), start, timeout)
+    _send(b"ready" if answer == b"ok int 2a" else answer)
     while (text := _receive()) is not None:
-        nonce = os.urandom(16)
-        end, result = os.pipe()
+        _send(_run(text, start, timeout))
+
+
+def _run(text: bytes, start: "_Start", timeout: float) -> bytes:
+    """Run one program in a process of its own and return the verdict."""
+    nonce = os.urandom(16)
+    end, result = os.pipe()
+    with tempfile.TemporaryFile(dir=".", buffering=0) as request:
+        request.write(nonce + text)
+        request.seek(0)
         child = os.fork()
         if child == 0:
             try:
-                os.setsid()
-                for fd in (0, 1, 2):
-                    os.dup2(null, fd)
-                os.closerange(3, result)
-                os.closerange(result + 1, 1024)
-                _child(text.decode(), extract_program, result, nonce, timeout, memory_mb, prctl)
+                start(request.fileno(), result)
+            except BaseException as error:
+                os.write(RESULT, b"failed " + f"{type(error).__name__}: {error}".encode())
             finally:
-                _exit(1)
-        os.close(result)
-        answer = _watch(child, end, nonce, time.monotonic() + timeout)
-        os.close(end)
-        _send(answer)
+                os._exit(1)
+    os.close(result)
+    answer = _watch(child, end, nonce, timeout)
+    os.close(end)
+    return answer
 
 
-def _watch(child: int, end: int, nonce: bytes, deadline: float) -> bytes:
-    """Wait for a child's message and end, and put an end to the child at the deadline at the latest."""
-    message, in_time = b"", True
+def _watch(child: int, end: int, nonce: bytes, timeout: float) -> bytes:
+    """Wait for a child's message and end, and put an end to the child when its time is over.
+
+    The time of the program begins with the first words of the message.
+    """
+
+    def kill(*_: object) -> None:
+        for how in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError):
+                how(child, signal.SIGKILL)
+
+    def end_both(*_: object) -> None:
+        kill()
+        os._exit(0)
+
+    before = signal.signal(signal.SIGTERM, end_both)
+    message, in_time, deadline = b"", True, time.monotonic() + START
     poller = select.poll()
     poller.register(end, select.POLLIN)
     poller.register(0, 0)  # hangs up when the trainer is gone
@@ -134,13 +139,16 @@ def _watch(child: int, end: int, nonce: bytes, deadline: float) -> bytes:
         chunk = os.read(end, MAX_MESSAGE)
         if not chunk:
             break
+        if not message:
+            deadline = time.monotonic() + timeout
         message += chunk
-    for kill in (os.killpg, os.kill):
-        with contextlib.suppress(ProcessLookupError):
-            kill(child, signal.SIGKILL)
+    kill()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    signal.signal(signal.SIGTERM, before)
     if not in_time or status == -signal.SIGXCPU:
         return b"timed_out"
+    if message.startswith(b"failed "):
+        return message
     if not message.startswith(nonce):
         return b"unparsable"
     verdict = message[len(nonce) :]
@@ -151,163 +159,97 @@ def _watch(child: int, end: int, nonce: bytes, deadline: float) -> bytes:
     return b"crashed ended without a result"
 
 
-def _child(
-    text: str,
-    extract_program: Callable[[str], str | None],
-    result: int,
-    nonce: bytes,
-    timeout: float,
-    memory_mb: int,
-    prctl: Callable[..., Any],
-) -> NoReturn:
-    """Lock this process in, run the program and report."""
-    write, random = os.write, sys.modules["random"]
-    describe = _describer()
-    _limit(timeout, memory_mb)
-    namespace: dict[str, Any] = {"__name__": "program", "__builtins__": dict(vars(builtins))}
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    filter_syscalls = _syscall_filter(prctl)
+class _Start:
+    """Locks the calling process in and turns it into the Python that runs a program; never returns.
 
-    def refuse(what: str) -> NoReturn:
-        write(result, nonce + b"crashed forbidden: " + what.encode("utf-8", "backslashreplace")[:MAX_TEXT])
-        _exit(1)
+    Raises:
+        OSError: If the process cannot be locked in, or Python does not start.
+    """
 
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        harmless = event in EVENTS
-        harmless |= event == "object.__getattr__" and args[1] in READABLE
-        harmless |= event == "object.__setattr__" and args[1] in SETTABLE
-        if not harmless:
-            refuse(f"{event} {args[0]}" if event == "import" and type(args[0]) is str else event)
+    def __init__(self, timeout: float, memory_mb: int, unfiltered: bool) -> None:
+        self.limits = {
+            "RLIMIT_CPU": int(timeout) + 1,
+            "RLIMIT_AS": memory_mb << 20,
+            "RLIMIT_FSIZE": 0,
+            "RLIMIT_CORE": 0,
+            "RLIMIT_NPROC": 0,
+            "RLIMIT_NOFILE": DESCRIPTORS,
+        }
+        self.patience = int(timeout + START) + 5
+        words = [sys.executable, *FLAGS, CELL]
+        self.path = ctypes.create_string_buffer(words[0].encode())
+        self.words = (ctypes.c_char_p * (len(words) + 1))(*[word.encode() for word in words], None)
+        settings = [f"{name}={value}".encode() for name, value in os.environ.items()]
+        self.environment = (ctypes.c_char_p * (len(settings) + 1))(*settings, None)
+        self.unfiltered = unfiltered
 
-    random.seed(0)  # a program is judged alike each time
-    filter_syscalls()
-    _empty_modules()
-    sys.addaudithook(hook)
-
-    source = extract_program(text)
-    if source is None:
-        _exit(0)
-    write(result, nonce)
-    try:
-        exec(compile(source, "<program>", "exec"), namespace)
-        verdict = b"ok " + describe(namespace["simple_math_problem"]())
-    except BaseException as error:
-        verdict = b"crashed " + describe(error)
-    write(result, nonce + verdict)
-    _exit(0)
+    def __call__(self, request: int, result: int) -> None:
+        os.setsid()
+        request, result = (os.dup(fd) for fd in (request, result))  # none of them is one of those below
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd, source in enumerate((request, null, null, result)):
+            os.dup2(source, fd)
+        os.closerange(RESULT + 1, 1024)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(self.patience)  # the end of one that outlives the process that watches it
+        for name, value in self.limits.items():
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # macOS has not all of them
+                resource.setrlimit(getattr(resource, name), (value, value))
+        if sys.platform == "linux":
+            _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if not self.unfiltered:
+            _filter_syscalls(ctypes.addressof(self.path))
+        _LIBC.execve(self.path, self.words, self.environment)
+        raise OSError(ctypes.get_errno(), f"cannot start {sys.executable}")
 
 
-def _describer() -> Callable[[object], Any]:
-    """Return a function that puts a value into plain words without calling a method that a program could define."""
-    decimal, fraction = sys.modules["decimal"].Decimal, sys.modules["fractions"].Fraction
-    numerator, denominator = fraction._numerator, fraction._denominator
-    name_of, args_of = type.__dict__["__name__"].__get__, BaseException.args.__get__  # type: ignore[attr-defined]
-    bits = int.bit_length
-
-    def number(value: Any) -> Any:
-        kind = type(value)
-        if kind is int:
-            return b"int %x" % value if bits(value) <= MAX_BITS else b"other int of %d bits" % bits(value)
-        if kind is float:
-            return b"float " + float.hex(value).encode()
-        if kind is decimal:
-            return b"float " + float.hex(float(value)).encode()
-        if kind is fraction:
-            above, below = numerator.__get__(value), denominator.__get__(value)
-            if type(above) is int and type(below) is int and bits(above) < 900 and 0 < bits(below) < 900:
-                return b"float " + float.hex(above / below).encode()
-        return None
-
-    def describe(value: Any) -> Any:
-        kind = type(value)
-        known = number(value)
-        if known is not None:
-            return known
-        if kind is str:
-            return b"str " + value[:MAX_TEXT].encode("utf-8", "backslashreplace")
-        name = name_of(kind)[:MAX_TEXT].encode("utf-8", "backslashreplace")
-        if not issubclass(kind, BaseException):
-            return b"other " + name
-        words = args_of(value)
-        if len(words) > 0 and type(words[0]) is str:
-            return name + b": " + words[0][:MAX_TEXT].encode("utf-8", "backslashreplace")
-        return name
-
-    return describe
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.execve.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
 
 
-def _limit(timeout: float, memory_mb: int) -> None:
-    seconds = int(timeout) + 1
-    for name, value in (
-        ("RLIMIT_CPU", seconds),
-        ("RLIMIT_AS", memory_mb << 20),
-        ("RLIMIT_FSIZE", 0),
-        ("RLIMIT_CORE", 0),
-        ("RLIMIT_NPROC", 0),
-        ("RLIMIT_NOFILE", 0),
-    ):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # macOS has not all of them
-            resource.setrlimit(getattr(resource, name), (value, value))
+def _prctl(option: int, value: int, pointer: int = 0) -> None:
+    prctl: Callable[..., int] = getattr(_LIBC, "prctl", lambda *_: -1)
+    zero = ctypes.c_ulong(0)
+    if prctl(ctypes.c_int(option), ctypes.c_ulong(value), ctypes.c_ulong(pointer), zero, zero) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl {option} refused")
 
 
-def _empty_modules() -> None:
-    """Leave nothing to import but the whitelist, and nothing in the modules that act without an audit event."""
-    modules = sys.modules
-    kept = {name for name in modules if name in MODULES or name.split(".")[0] in INTERNAL}
-    harmful = [vars(modules[name]) for name in HARMFUL if name in modules]
-    for name in set(modules) - kept:
-        del modules[name]
-    sys.path.clear()
-    del sys._getframe  # named tuples and type variables do without, while calling it is forbidden
-    for names in harmful:
-        names.clear()
+def _filter_syscalls(path: int) -> None:
+    """Make every system call that is not listed fail as one that the kernel does not have.
 
+    Args:
+        path: The address that ``execve`` may be given: the one start of Python that is still to come.
 
-def _drop_privileges() -> None:
-    if os.geteuid() != 0:
-        return
-    changes: tuple[tuple[Callable[[Any], None], Any], ...] = (
-        (os.chroot, "."),
-        (os.setgroups, []),
-        (os.setgid, NOBODY),
-        (os.setuid, NOBODY),
-    )
-    for change, value in changes:
-        with contextlib.suppress(OSError):  # containers may forbid any of them
-            change(value)
+    Raises:
+        OSError: If the kernel does not take the filter.
+    """
+    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+        raise OSError(ENOSYS, f"no filter of system calls for {sys.platform} on {platform.machine()}")
+    column, architecture = ARCHITECTURES[platform.machine()]
+    load, mask_with, equal, give = 0x20, 0x54, 0x15, 0x06
+    allow, refuse = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050000 | ENOSYS)
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, 0x80000000), (load, 0, 0, 0)]
 
+    def permit(number: int | None, *conditions: tuple[int, int, tuple[int, ...]]) -> None:
+        """Allow a call where the masked bits at each offset are one of the values."""
+        if number is None:  # not on this architecture
+            return
+        body = []
+        for offset, mask, values in conditions:
+            body += [(load, 0, 0, offset), (mask_with, 0, 0, mask)]
+            body += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)] + [refuse]
+        code.extend([(equal, 0, len(body) + 1, number), *body, allow])
 
-def _prctl() -> Callable[..., Any]:
-    if sys.platform != "linux":
-        return lambda *args: -1
-    prctl = ctypes.CDLL(None).prctl
-    prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
-    return lambda *args: prctl(*args, *[0] * (5 - len(args)))
-
-
-def _syscall_filter(prctl: Callable[..., Any]) -> Callable[[], None]:
-    """Return a function that lets the kernel kill this process at any system call that is not listed."""
-    if sys.platform != "linux" or platform.machine() not in SYSCALLS:
-        return lambda: None
-    architecture, allowed = SYSCALLS[platform.machine()]
-    load, equal, give = 0x20, 0x15, 0x06
-    kill, allow = 0x80000000, 0x7FFF0000
-    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
-    code += [(equal, len(allowed) - i, 0, number) for i, number in enumerate(allowed)]
-    code += [(give, 0, 0, kill), (give, 0, 0, allow)]
+    for numbers in (SYSCALLS | (OF_ROOT if os.geteuid() == 0 else {})).values():
+        permit(numbers[column])
+    for numbers, argument, mask, values in CONDITIONS.values():
+        permit(numbers[column], (16 + 8 * argument, mask, values))
+    permit(EXECVE[column], (16, WORD, (path & WORD,)), (20, WORD, (path >> 32,)))
+    code.append(refuse)
     instructions = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in code))
     program = ctypes.create_string_buffer(struct.pack("@HxxxxxxQ", len(code), ctypes.addressof(instructions)))
-    address = ctypes.addressof(program)
-
-    def install() -> None:
-        assert instructions and program  # alive until here
-        prctl(PR_SET_NO_NEW_PRIVS, 1)
-        prctl(PR_SET_SECCOMP, 2, address)
-
-    return install
-
-
-_exit = os._exit
+    _prctl(PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(PR_SET_SECCOMP, 2, ctypes.addressof(program))
 
 
 def _send(message: bytes) -> None:
@@ -332,4 +274,4 @@ def _read(size: int) -> bytes | None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), int(sys.argv[2]))
+    main(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "unfiltered")
