@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tests.soak.configs import random_config
-from tests.soak.kills import clean, trial
+from tests.soak.kills import WAYS, clean, trial
 from tests.soak.run import prepare
 
 
@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="trials at the same time")
     parser.add_argument("--seed", type=int, default=0, help="the first trial's seed; the others count on from there")
     parser.add_argument("--processes", type=int, default=None, help="of each run; 1 or 2 at random by default")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="how runs are stopped")
     parser.add_argument("--folder", type=Path, default=None, help="where trials are kept that went wrong")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="soak-"))
@@ -44,18 +45,18 @@ def main() -> int:
             seed = arguments.seed + job
             last = None if arguments.trials is None else arguments.seed + arguments.trials
             while time.monotonic() < end and (last is None or seed < last):
-                _one(seed, folder, results, arguments.processes)
+                _one(seed, folder, results, arguments)
                 seed += arguments.jobs
             os._exit(0)
     _watch(results, end, arguments)
     return _summarise(results, folder)
 
 
-def _one(seed: int, folder: Path, results: Path, processes: int | None) -> None:
+def _one(seed: int, folder: Path, results: Path, arguments: argparse.Namespace) -> None:
     rng = random.Random(seed)
-    config = random_config(rng, processes)
+    config = random_config(rng, arguments.processes)
     where = folder / f"trial-{seed}"
-    outcome = trial(config, rng, where, folder / "shared")
+    outcome = trial(config, rng, where, folder / "shared", ways=tuple(arguments.ways))
     line = json.dumps({"seed": seed, **asdict(outcome)}) + "\n"
     with results.open("a") as file:
         file.write(line)
@@ -83,6 +84,8 @@ def _summarise(results: Path, folder: Path) -> int:
     print(f"{len(trials)} runs, {two} of them in two processes, stopped {len(kills)} times")
     ways = sorted({kill.split(":")[0] for kill in kills})
     print("  " + ", ".join(f"{way}: {sum(kill.startswith(way + ':') for kill in kills)}" for way in ways))
+    damaged = [sum(each["damaged"].get(name, 0) for each in trials) for name in ("refused", "harmless")]
+    print(f"  {damaged[0]} damaged checkpoints refused, {damaged[1]} in which nothing that is read had changed")
     print(f"  {len(trials) - len(unlike)} of {len(trials)} identical to the run left alone")
     print(f"  {len(trials) - len(wrong)} of {len(trials)} ended when and as they should")
     for each in [*unlike, *(each for each in wrong if each not in unlike)]:

@@ -1,4 +1,4 @@
-"""A trial: a run left alone, and the same run killed at random and resumed, whose every number must be the same."""
+"""A trial: a run left alone, and the same run stopped at random and resumed, whose every number must be the same."""
 
 import faulthandler
 import json
@@ -10,15 +10,19 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from puma_lightning.training.checkpoints import load_checkpoint
 from tests.soak.configs import Config
-from tests.soak.run import train
+from tests.soak.run import POISONED, contents, train
 
 GRACE = 10.0  # seconds within which a run that is asked to end must have ended
 LIMIT = 60.0  # seconds after which a run that nobody disturbed is said to hang
 ENDS = ("chains 0", "end 0")
+WAYS = ("kill", "kill in a save", "term", "interrupt", "kill one", "term one", "interrupt one", "poison")
+DAMAGES = 4  # copies of the last checkpoint in each of which a bit is flipped
 ASKED = {signal.SIGTERM: 143, signal.SIGINT: 130}  # what a run exits with that ended as it was asked to
 
 
@@ -30,18 +34,23 @@ class Trial:
         config: What ran.
         kills: Which way it was stopped each time, and what came of it.
         wrong: What should not have been, in words; empty if all was right.
+        unlike: What differed from the run that was left alone.
+        damaged: How many damaged checkpoints were refused, and in how many nothing that is read had changed.
     """
 
     config: Config
     kills: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     unlike: list[str] = field(default_factory=list)
+    damaged: dict[str, int] = field(default_factory=dict)
 
 
 class Run:
     """A run in processes of its own, forked from this one, which has imported everything."""
 
-    def __init__(self, config: Config, folder: Path, shared: Path, ckpt: Path | None) -> None:
+    def __init__(
+        self, config: Config, folder: Path, shared: Path, ckpt: Path | None, poison: int | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.said = {path.name: path.stat().st_size for path in folder.glob("output.*.txt")}
@@ -53,7 +62,7 @@ class Run:
         for rank in range(config["processes"]):
             pid = os.fork()
             if not pid:
-                _child(config, folder, shared, ckpt, rank, port)
+                _child(config, folder, shared, ckpt, rank, port, poison)
             self.living[rank] = pid
 
     def poll(self) -> bool:
@@ -80,10 +89,10 @@ class Run:
             if ranks is None or rank in ranks:
                 os.kill(pid, number)
 
-    def heard(self) -> bool:
-        """Return whether a process said that it was asked to end, which it can only while it trains."""
+    def heard(self, words: str = "saving after this batch") -> bool:
+        """Return whether a process said something; that it was asked to end it can say only while it trains."""
         texts = {path.name: path.read_bytes() for path in self.folder.glob("output.*.txt")}
-        return any(b"saving after this batch" in text[self.said.get(name, 0) :] for name, text in texts.items())
+        return any(words.encode() in text[self.said.get(name, 0) :] for name, text in texts.items())
 
     def kill(self) -> None:
         """End what is left, and have it say where it was."""
@@ -93,7 +102,9 @@ class Run:
         self.wait(GRACE)
 
 
-def _child(config: Config, folder: Path, shared: Path, ckpt: Path | None, rank: int, port: int) -> None:
+def _child(
+    config: Config, folder: Path, shared: Path, ckpt: Path | None, rank: int, port: int, poison: int | None
+) -> None:
     code = 1
     try:
         log = os.open(folder / f"output.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -109,7 +120,7 @@ def _child(config: Config, folder: Path, shared: Path, ckpt: Path | None, rank: 
                 "NODE_RANK": "0",
                 "WORLD_SIZE": str(config["processes"]),
             }
-        train(config, folder, shared, ckpt, rank)
+        train(config, folder, shared, ckpt, rank, poison)
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -121,8 +132,10 @@ def _child(config: Config, folder: Path, shared: Path, ckpt: Path | None, rank: 
         os._exit(code)
 
 
-def trial(config: Config, rng: random.Random, folder: Path, shared: Path, max_kills: int = 3) -> Trial:
-    """Run a config twice, once left alone and once killed, and compare."""
+def trial(
+    config: Config, rng: random.Random, folder: Path, shared: Path, max_kills: int = 3, ways: tuple[str, ...] = WAYS
+) -> Trial:
+    """Run a config twice, once left alone and once stopped in some of the ways, and compare."""
     result = Trial(config)
     begun = time.monotonic()
     alone = Run(config, folder / "alone", shared, None)
@@ -131,11 +144,17 @@ def trial(config: Config, rng: random.Random, folder: Path, shared: Path, max_ki
         result.wrong.append(f"left alone it ended with {alone.codes}")
         return result
     duration = time.monotonic() - begun
+    weights = {"kill": 3, "term": 2}
+    ways = tuple(way for way in ways if config["processes"] > 1 or not way.endswith("one"))
     for kills_left in range(rng.randint(1, max_kills), -1, -1):
         ckpt = _checkpoint(folder / "killed", rng)
-        run = Run(config, folder / "killed", shared, ckpt)
-        if kills_left:
-            _disturb(run, rng, duration, result)
+        way = rng.choices(ways, [weights.get(way, 1) for way in ways])[0] if kills_left else ""
+        poison = rng.randrange(_batches(folder / "alone")) if way == "poison" else None
+        run = Run(config, folder / "killed", shared, ckpt, poison)
+        if way == "poison":
+            _expect_a_stop(run, result)
+        elif way:
+            _disturb(run, way, rng, duration, result)
         elif not run.wait(LIMIT):
             result.wrong.append("the last resume hung")
             run.kill()
@@ -145,16 +164,72 @@ def trial(config: Config, rng: random.Random, folder: Path, shared: Path, max_ki
                 result.wrong.append(f"the last resume, from {ckpt}, ended with {run.codes}")
             break
     result.unlike = _compare(folder / "alone", folder / "killed", config["processes"])
+    _in_a_fork(lambda: _look_at_checkpoints(folder / "killed", rng, result))
+    if (found := folder / "killed" / "checkpoints.json").exists():
+        wrong, result.damaged = json.loads(found.read_text())
+        result.wrong += wrong
+    else:
+        result.wrong.append("its checkpoints could not be looked at")
     return result
 
 
-def _disturb(run: Run, rng: random.Random, duration: float, result: Trial) -> None:
-    """Stop a run at a random moment in one of many ways."""
+def _in_a_fork(do: Callable[[], None]) -> None:
+    """Do what may start threads, which this process must not have when it forks."""
+    pid = os.fork()
+    if not pid:
+        try:
+            do()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def _look_at_checkpoints(folder: Path, rng: random.Random, result: Trial) -> None:
+    """Look for numbers that are not finite, and for damage that is not seen."""
+    wrong, damaged = [], {"refused": 0, "harmless": 0}
+    paths = sorted([*(folder / "checkpoints").glob("*.ckpt"), *(folder / "best").glob("*.ckpt")])
+    for path in paths:
+        if "nan" in (whole := contents(load_checkpoint(path)))[1]:
+            wrong.append(f"{path.name} is not finite: {whole[1]}")
+    for number in range(DAMAGES if paths else 0):
+        path = rng.choice(paths)
+        data = bytearray(path.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        copy = folder / f"damaged-{number}.ckpt"
+        copy.write_bytes(data)
+        try:
+            same = contents(load_checkpoint(copy)) == contents(load_checkpoint(path))
+        except ValueError:
+            damaged["refused"] += 1
+        else:
+            damaged["harmless"] += same
+            if not same:
+                wrong.append(f"{copy.name}, a damaged copy of {path.name}, was read")
+    (folder / "checkpoints.json").write_text(json.dumps([wrong, damaged]))
+
+
+def _batches(folder: Path) -> int:
+    """Return how many batches a run took."""
+    return 1 + max(line["at"] for lines in _lines(folder / "records.0.jsonl").values() for line in lines)
+
+
+def _expect_a_stop(run: Run, result: Trial) -> None:
+    """Wait for a run whose gradients become NaN."""
+    in_time = run.wait(LIMIT)
+    poisoned = run.heard(POISONED)
+    result.kills.append(f"poison: {run.codes}" if poisoned else "poison: too late")
+    if not in_time:
+        result.wrong.append("poisoned, it hung")
+        run.kill()
+    elif poisoned and not all(code == 1 for code in run.codes.values()):
+        result.wrong.append(f"poisoned, it ended with {run.codes}")
+
+
+def _disturb(run: Run, way: str, rng: random.Random, duration: float, result: Trial) -> None:
+    """Stop a run at a random moment."""
     ranks = list(run.living)
-    ways = ["kill", "kill", "kill in a save", "term", "term", "interrupt"]
-    if len(ranks) > 1:
-        ways += ["kill one", "term one", "interrupt one"]
-    way = rng.choice(ways)
     if way == "kill in a save":
         folders = [run.folder / "checkpoints", run.folder / "best"]
         saves = rng.randint(1, 4)

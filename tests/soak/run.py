@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from puma_lightning.callbacks import GenerationEvaluation
 from puma_lightning.chain import policies
@@ -22,14 +23,16 @@ from puma_lightning.chain.teacher import (
     RandomMasking,
     SelfAlignedMasking,
 )
+from puma_lightning.data.batch import pad_collate
 from puma_lightning.data.sudoku import SudokuDataModule
 from puma_lightning.data.text import TextDataModule
 from puma_lightning.metrics.sudoku import SudokuSolved
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import AutoregressiveLM, BlockDiffusion, MaskedDiffusion
 from puma_lightning.training.optim import WarmupCosine
-from tests.soak.configs import Config
+from tests.soak.configs import DATA, Config
 
+POISONED = "a gradient is NaN from here on"
 LINES = [f"{a} and {b} are {a + b}" for a in range(12) for b in range(10)]
 
 
@@ -37,7 +40,7 @@ def prepare(shared: Path) -> None:
     """Make everything that runs share: a text, a tokenizer, the caches of all data."""
     shared.mkdir(parents=True, exist_ok=True)
     (shared / "lines.txt").write_text("\n".join(LINES))
-    for data in ("sudoku", "sudoku sequence", "lines", "packed"):
+    for data in DATA:
         for num_train in (47, 64, 90):
             datamodule({"data": data, "batch_size": 2, "workers": 0, "num_train": num_train}, shared).prepare_data()
 
@@ -55,13 +58,50 @@ def datamodule(config: Config, shared: Path) -> pl.LightningDataModule:
     if config["data"].startswith("sudoku"):
         layout = "prompt_answer" if config["data"] == "sudoku sequence" else "in_place"
         return SudokuDataModule(order=4, layout=layout, augment=1, **common)
-    packed = config["data"] == "packed"
+    if config["data"] == "ragged":
+        return Ragged(config["batch_size"], config["workers"], config["num_train"])
+    packed, streaming = config["data"] == "packed", config["data"] == "stream"
+    if streaming:
+        number = common.pop("num_train")
+        common |= {"streaming": True, "num_sequences": number, "shuffle_buffer": 20}
     file = str(shared / "lines.txt")
     return TextDataModule(train_file=file, vocab_size=270, sequence_length=16, packing=packed, **common)
 
 
-def train(config: Config, folder: Path, shared: Path, ckpt: Path | None, rank: int = 0) -> None:
-    """Run to the end; ``folder`` gets ``records.RANK.jsonl`` and checkpoints."""
+class Ragged(pl.LightningDataModule):
+    """A user's own: lines of different lengths, padded where they are collated, with the first two letters given."""
+
+    vocab_size, mask_id = 129, 128
+
+    def __init__(self, batch_size: int, workers: int, num_train: int) -> None:
+        super().__init__()
+        self.batch_size, self.workers, self.num_train = batch_size, workers, num_train
+
+    def _loader(self, lines: list[str], shuffle: bool) -> DataLoader:
+        examples = [{"input_ids": list(line.encode()), "prompt_mask": [True] * 2 + [False] * (len(line) - 2)}
+                    for line in lines]  # fmt: skip
+        return DataLoader(examples, self.batch_size, shuffle=shuffle, num_workers=self.workers, collate_fn=pad_collate)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(LINES[: self.num_train], shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(LINES[-8:], shuffle=False)
+
+
+def train(
+    config: Config, folder: Path, shared: Path, ckpt: Path | None, rank: int = 0, poison: int | None = None
+) -> None:
+    """Run to the end; ``folder`` gets ``records.RANK.jsonl`` and checkpoints.
+
+    Args:
+        config: What runs.
+        folder: Where.
+        shared: What ``prepare`` has made.
+        ckpt: What the run goes on from.
+        rank: Of this process.
+        poison: The batch whose gradients are NaN.
+    """
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(config["seed"], verbose=False)
@@ -86,6 +126,8 @@ def train(config: Config, folder: Path, shared: Path, ckpt: Path | None, rank: i
         logger=CSVLogger(folder / "logs", name="", version=0, flush_logs_every_n_steps=7),
         callbacks=_callbacks(config, folder, record),
     )
+    if poison is not None and rank == 0:
+        trainer.callbacks.append(Poison(poison, record))
     trainer.fit(module, datamodule=data, ckpt_path=ckpt)
     record.end(trainer, module)
 
@@ -166,10 +208,13 @@ class Record(pl.Callback):
 
     def __init__(self, path: Path) -> None:
         self._batches = 0
+        self.silent = False
         # Written at once, by the system: what a killed process had computed is there.
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def _write(self, **line: Any) -> None:
+        if self.silent:
+            return
         os.write(self._file, (json.dumps(line) + "\n").encode())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -196,6 +241,48 @@ class Record(pl.Callback):
         if not self._batches:
             return
         self._write(kind="end", at=0, weights=digest(*module.state_dict().values()), step=trainer.global_step)
+
+
+class Poison(pl.Callback):
+    """Makes the gradients of one batch NaN, while its loss is finite; what comes after that is not recorded."""
+
+    def __init__(self, batch: int, record: Record) -> None:
+        self._batch, self._record = batch, record
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            if trainer.fit_loop.epoch_loop.total_batch_idx < self._batch or self._record.silent:
+                return gradient
+            print(POISONED, flush=True)
+            self._record.silent = True
+            return gradient * torch.nan
+
+        next(pl_module.parameters()).register_hook(spoil)
+
+
+def contents(checkpoint: Any) -> tuple[str, str]:
+    """Return a short hash of all that a checkpoint holds, and which of its numbers are not finite."""
+    total, strange = hashlib.sha256(), []
+
+    def add(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                add(part, f"{name}/{key}")
+        elif isinstance(value, list | tuple):
+            for number, part in enumerate(value):
+                add(part, f"{name}/{number}")
+        elif isinstance(value, torch.Tensor):
+            total.update(f"{name} {digest(value)} {value.dtype} {tuple(value.shape)}".encode())
+            learned = "/gradients/" in name or name.startswith(
+                ("/state_dict", "/optimizer_states", "/current_model_state")
+            )
+            if learned and value.is_floating_point() and not value.isfinite().all():
+                strange.append(f"nan in {name}")
+        else:
+            total.update(f"{name} {value!r}".encode())
+
+    add(checkpoint, "")
+    return total.hexdigest(), ", ".join(strange)
 
 
 def digest(*tensors: torch.Tensor) -> str:

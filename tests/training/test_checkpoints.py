@@ -295,6 +295,14 @@ def test_a_gradient_that_is_no_number_reaches_no_checkpoint(tmp_path, options, e
         )
 
 
+def test_accumulated_gradients_that_are_no_numbers_reach_no_checkpoint(tmp_path):
+    """Saved within an accumulation window they would spoil the step that a resumed run goes on with."""
+    save = ModelCheckpoint(tmp_path, filename="{step}", save_on_train_epoch_end=False, save_top_k=-1)
+    with pytest.raises(ValueError, match=r"gradients\.\S+: expected numbers, got one that is not finite"):
+        trainer(Poison(1), save, accumulate_grad_batches=2, val_check_interval=3).fit(module(), loader(), loader())
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
 def test_a_run_that_ends_without_a_checkpoint_does_not_end_well_with_nan():
     """The last step is as bad as any."""
     with pytest.raises(ValueError, match=r"embed.weight: expected numbers.*none yet"):

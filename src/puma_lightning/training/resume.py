@@ -7,7 +7,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 
 from puma_lightning.training.checkpoints import CHECKPOINT_KEY, latest_checkpoint
-from puma_lightning.training.finite import first_non_finite_in, refuse_non_finite
+from puma_lightning.training.finite import first_non_finite, first_non_finite_in, refuse_non_finite
 from puma_lightning.training.lightning_internals import (
     is_in_accumulation_window,
     is_in_step,
@@ -48,17 +48,18 @@ class ExactResume:
         or the optimizer in the middle of its step. Then the checkpoint is written only if the run has no other one.
 
         Raises:
-            ValueError: If a loss, a weight or a moment is not finite: such a checkpoint must not be written.
+            ValueError: If a loss, weight, moment or gradient is not finite: such a checkpoint must not be written.
         """
         trainer, stream = module.trainer, module.stream
         # A resumed run that has not begun yet still has the numbers of a step that was not finished.
         in_step = is_in_step(trainer) and stream.yielded is not None
         interrupted = trainer.state.status == "interrupted"
         not_finite = None if module.finite.all_finite else "loss"
-        not_finite = not_finite or first_non_finite_in(checkpoint, module)
+        gradients = self._accumulated(module, in_step)
+        not_finite = not_finite or first_non_finite_in(checkpoint, module) or first_non_finite(gradients, "gradients")
         state = {
             "stream": stream.snapshot(in_step),
-            "gradients": self._accumulated(module, in_step),
+            "gradients": gradients,
             "finite": not_finite is None,
         }
         states: list[Any] = [state]
