@@ -12,11 +12,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from puma_lightning.cli import newest_checkpoint, resume_command
 from puma_lightning.modules import MaskedDiffusion
-from puma_lightning.training.stopping import GracefulStop, Stopped
+from puma_lightning.training.stopping import GracefulStop, LoaderWorker, Stopped
 
 V, MASK, LENGTH = 6, 5, 8
 
@@ -102,6 +102,48 @@ def test_a_signal_saves_after_the_batch_and_a_resumed_run_is_the_undisturbed_one
     assert rest.train == {index: loss for index, loss in whole.train.items() if index > at}
     assert rest.validation == {index: loss for index, loss in whole.validation.items() if index >= at}
     assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+
+
+class Struck(Dataset):
+    """Rows, at two of which the worker that reads them gets a signal, as all processes of a run do on a cluster."""
+
+    def __init__(self, rows: list, number: int, times: int = 1) -> None:
+        self.rows, self.number, self.times = rows, number, times
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        for _ in range(self.times if index in (9, 22) and get_worker_info() else 0):
+            os.kill(os.getpid(), self.number)
+        return self.rows[index]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_workers_of_a_loader_go_on_after_a_signal(tmp_path, number):
+    """Of which the second one ends them."""
+    rows = [{"input_ids": torch.full((LENGTH,), i % MASK)} for i in range(32)]
+    for times in (1, 2):
+        loader = DataLoader(Struck(rows, number, times), 4, num_workers=2)
+        module = MaskedDiffusion(Backbone(), MASK, scheduler=None)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **quiet)
+        if times == 1:
+            trainer.fit(module, loader)
+            assert trainer.global_step == 8
+        else:
+            with pytest.raises(RuntimeError, match="worker"):
+                trainer.fit(module, loader)
+
+
+def test_a_worker_begins_as_its_user_has_it_begin():
+    """Their ``worker_init_fn`` is called with the worker's number."""
+    begun: list[int] = []
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    LoaderWorker(begun.append)(3)
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+        signal.signal(number, handler)
+    assert begun == [3]
 
 
 def test_a_run_that_saves_nothing_says_so_and_ends(capfd):

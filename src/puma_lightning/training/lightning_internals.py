@@ -130,6 +130,12 @@ def log_metrics(trainer: pl.Trainer, metrics: dict[str, Any]) -> None:
     trainer._logger_connector.log_metrics(metrics)
 
 
+def let_children_end(trainer: pl.Trainer) -> None:
+    """Have the process that started the others not be killed because one of them has ended before it."""
+    # The thread that watches them shares this list.
+    getattr(trainer.strategy.launcher, "procs", []).clear()
+
+
 def forget_sigterm(trainer: pl.Trainer) -> None:
     """Have Lightning not end a run on a SIGTERM that its own handler has seen."""
     trainer._signal_connector.received_sigterm = False

@@ -21,6 +21,7 @@ from puma_lightning.training.iterable import (
     part_of,
     read,
 )
+from puma_lightning.training.stopping import LoaderWorker
 
 
 def derived_seed(*keys: int) -> int:
@@ -323,7 +324,7 @@ class CleanSequences:
         options: dict[str, Any] = {
             "num_workers": self._workers,
             "timeout": old.timeout,
-            "worker_init_fn": old.worker_init_fn,
+            "worker_init_fn": LoaderWorker(old.worker_init_fn),
             "multiprocessing_context": old.multiprocessing_context,
             "prefetch_factor": old.prefetch_factor,
         }

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from puma_lightning.training.lightning_internals import (
     cluster_environment,
     forget_sigterm,
+    let_children_end,
     validate_again_after_resume,
 )
 
@@ -32,6 +34,32 @@ class Stopped(SystemExit):
     def __init__(self, number: int, checkpoint: Path | None) -> None:
         super().__init__(128 + number)
         self.checkpoint = checkpoint
+
+
+class LoaderWorker:
+    """Starts a worker process of a loader, as its ``worker_init_fn``.
+
+    Schedulers and terminals send a signal to all processes of a run. Its workers must go on then: the run still needs
+    what they read, and ends them when it has saved. A second signal ends one at once.
+
+    Args:
+        start: What the user's own ``worker_init_fn`` does.
+    """
+
+    def __init__(self, start: Callable[[int], None] | None) -> None:
+        self._start = start
+        self._asked = False
+
+    def __call__(self, worker: int) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+        if self._start is not None:
+            self._start(worker)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            os._exit(0)  # a worker has nothing to lose
+        self._asked = True
 
 
 class GracefulStop:
@@ -128,6 +156,7 @@ class GracefulStop:
         path = checkpoint_path(trainer)
         if path is not None:
             trainer.save_checkpoint(path)
+        let_children_end(trainer)
         name, steps = signal.Signals(number).name, f"{trainer.global_step:,} optimizer steps"
         if path is None:
             rank_zero_info(f"Ended by {name} after {steps}. Nothing was saved: the run saves no checkpoints.")
