@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -40,3 +41,17 @@ def parsed():
         return printed.getvalue()
 
     return lambda path: yaml.safe_load(text(path))
+
+
+@pytest.fixture
+def refused(capsys):
+    """Expect of the command line, run in process, that it ends with 1 and a sentence that a pattern is found in."""
+
+    @contextlib.contextmanager
+    def expected(pattern: str):
+        with pytest.raises(SystemExit) as ended:
+            yield
+        said = capsys.readouterr().err
+        assert ended.value.code == 1 and re.search(f"^puma: error: .*{pattern}", said, re.MULTILINE), said[-2000:]
+
+    return expected

@@ -4,6 +4,8 @@ import os
 import re
 import shlex
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import puma_lightning
 from puma_lightning.callbacks import GenerationEvaluation, PredictionWriter, StepProgressBar, UnmaskingTrajectory
 from puma_lightning.data.base import DataOffer
+from puma_lightning.errors import sentence_of
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.training.checkpoints import load_checkpoint
-from puma_lightning.training.lightning_internals import ConfigWinsCLI
+from puma_lightning.training.lightning_internals import ConfigWinsCLI, end_launched_processes
 from puma_lightning.training.stopping import Stopped
 
 # Lightning's own command line calls these; its users can do nothing about it.
@@ -28,10 +31,30 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 SPECIAL_CHECKPOINTS = ("best", "last", "hpc", "registry")
 RUNS = "runs"  # the folder of all runs
+TRACEBACK = "PUMA_TRACEBACK"  # an environment variable: 1 shows where an error comes from
+_GRACE = 3.0  # seconds in which the first process says what all would say, and ends the others
 
 
 class PumaCLI(ConfigWinsCLI):
     """LightningCLI with the links between data and model, a name for every run, and errors in a sentence."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Run the command. What this package refuses ends it in a sentence; any other error is a traceback.
+
+        Raises:
+            SystemExit: Then: with 2 if an argument is at fault, as for an unknown one, and with 1 later.
+        """
+        try:
+            super().__init__(*args, **kwargs)
+        except Exception as error:
+            sentence = sentence_of(error)
+            if sentence is None:
+                raise
+            _show_traceback()
+            _say(sentence)
+            if hasattr(self, "trainer"):
+                end_launched_processes(self.trainer)
+            raise SystemExit(1) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name; take the vocabulary and the mask token from the DataModule."""
@@ -110,6 +133,7 @@ class PumaCLI(ConfigWinsCLI):
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
+            _show_traceback()
             self.parser.error(str(cause))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -157,6 +181,21 @@ class PumaCLI(ConfigWinsCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter) and callback.output is not None:
                 print(f"Predictions: {_relative(callback.output)}")
+
+
+def _show_traceback() -> None:
+    """Print where the error that is handled comes from, if that has been asked for."""
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        traceback.print_exc()
+
+
+def _say(sentence: str) -> None:
+    """Print why a run ends: once, if it is the same in all processes."""
+    rank = getattr(rank_zero_only, "rank", None) or 0
+    if rank:
+        # If the first process says it as well, it ends this one meanwhile; so does whatever else started them.
+        time.sleep(_GRACE)
+    print(f"puma: error{f' (process {rank})' if rank else ''}: {sentence}", file=sys.stderr, flush=True)
 
 
 def _mask_id(data: LightningDataModule) -> int:

@@ -3,6 +3,7 @@
 Nothing else in this package touches them. If a new version of Lightning breaks something, it is here.
 """
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage as EvaluationSt
 from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as TrainingStage
 from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 
 
@@ -144,6 +146,12 @@ def forget_sigterm(trainer: pl.Trainer) -> None:
 def cluster_environment(trainer: pl.Trainer) -> Any:
     """Return what started the processes of a run; None if nothing did."""
     return trainer._accelerator_connector.cluster_environment
+
+
+def end_launched_processes(trainer: pl.Trainer) -> None:
+    """End the processes that a Trainer has started to train with, which would wait for this one."""
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def keep_double_precision(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -1,5 +1,6 @@
 """The endless supply of clean sequences for a stream, and its place in the data."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from puma_lightning.data.batch import Batch, check_batch, join_batches, padding_last
+from puma_lightning.errors import last_words, sentence_of
 from puma_lightning.training.dealing import Era, Passes, left_in_queue
 from puma_lightning.training.iterable import (
     Place,
@@ -301,16 +303,21 @@ class CleanSequences:
         try:
             batch, self._place = next(self._batches)
         except RuntimeError as error:
-            if "equal size" not in str(error):
+            # What torch.stack says of different lengths, and what it says of them in a worker.
+            if not re.search("equal size|resize storage", str(error)):
                 raise
             raise ValueError(
-                f"input_ids: expected sequences of one length, or a collate function that pads them, got: {error}; "
-                "give the DataLoader collate_fn=puma_lightning.pad_collate"
+                "input_ids: expected sequences of one length, or a collate function that pads them, got: "
+                f"{last_words(error)}; give the DataLoader collate_fn=puma_lightning.pad_collate"
             ) from error
         except ValueError as error:
             first = self.position + _size(self._rest)
             where = f"batch after {first} training sequences of process {self.rank}"
-            raise ValueError(f"{error} ({where})") from error
+            sentence = sentence_of(error)
+            if sentence is None:  # of the data set: what it says, and where in it, stay as they are
+                error.add_note(where)
+                raise
+            raise ValueError(f"{sentence} ({where})") from error
         self._one_length = self._one_length or batch["input_ids"].shape[1]
         self.lengths_vary |= "attention_mask" in batch or batch["input_ids"].shape[1] != self._one_length
         return batch
