@@ -68,9 +68,7 @@ class AutoregressiveLM(GenerativeModule):
         if "chains" not in batch:
             return self._loss(self.checked(batch))[0]
         loss, _ = self._loss(batch)
-        self.finite.observe(loss, self.trainer)
-        self.stream.advance(Prediction(), self.global_step)  # no chain reads anything
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        self.finish_step(loss, Prediction(), batch)  # no chain reads anything
         return loss
 
     def evaluation_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:

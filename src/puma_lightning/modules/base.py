@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from puma_lightning.chain.stages import StepSchedule
 from puma_lightning.chain.teacher import ForwardProcess
+from puma_lightning.output.prediction import Prediction
 from puma_lightning.training.checkpoints import check_sums, make_saving_safe
 from puma_lightning.training.finite import FiniteCheck, check_finite_weights
+from puma_lightning.training.host import on_host
 from puma_lightning.training.lightning_internals import (
     correct_place,
     count_step_once,
@@ -34,8 +36,10 @@ from puma_lightning.training.weights import StartingWeights, check_checkpoint, l
 class StreamedModule(pl.LightningModule):
     """A LightningModule whose ``training_step`` is fed by a ``Stream`` built over any train DataLoader.
 
-    A subclass's ``training_step`` calls ``self.finite.observe(loss, self.trainer)``, and then once
-    ``self.stream.advance(predictions, self.global_step)``.
+    A subclass's ``training_step`` makes one forward pass and calls ``self.finish_step(loss, predictions, batch)``.
+
+    What the host does in a step is decorated with ``on_host``, so that ``torch.compile`` of the module
+    compiles the rest.
 
     Args:
         backbone: xt (B, L) int64 to logits (B, L, V); has ``vocab_size``.
@@ -166,6 +170,22 @@ class StreamedModule(pl.LightningModule):
         """Tie dropout, and whatever else draws from the global generators, to (seed, rank, step)."""
         count_step_once(self.trainer)
         torch.manual_seed(derived_seed(self.stream.seed, self.global_rank, self.stream.step))
+
+    @on_host
+    def finish_step(self, loss: Tensor, predictions: Tensor | Prediction, batch: Any) -> None:
+        """Do all that a step does after its forward pass: look at the loss, move the chains, log.
+
+        Args:
+            loss: Of the batch, ().
+            predictions: See ``Stream.advance``.
+            batch: The batch that ``training_step`` was given.
+
+        Raises:
+            ValueError: If the loss is not finite.
+        """
+        self.finite.observe(loss, self.trainer)
+        self.stream.advance(predictions, self.global_step)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Remember whose gradients there are from here on."""

@@ -26,6 +26,7 @@ from puma_lightning.modules.eval_mode import eval_mode
 from puma_lightning.modules.preflight import preflight
 from puma_lightning.output.alignment import align
 from puma_lightning.output.prediction import exclude_token
+from puma_lightning.training.host import on_host
 from puma_lightning.training.loading import shared_seed
 from puma_lightning.training.sequences import derived_seed
 from puma_lightning.training.stream import begin
@@ -82,6 +83,7 @@ class GenerativeModule(StreamedModule):
         logits: Tensor = self(chains.xt, **padding_of(chains.attention_mask))
         return logits
 
+    @on_host
     def chains(self, batch: Any, generator: torch.Generator | None = None) -> Chains:
         """Start the chains of a clean batch, at stages spread evenly, as in the first batch of a run.
 
@@ -119,7 +121,8 @@ class GenerativeModule(StreamedModule):
         backbone, head = self.backbone, getattr(self.backbone, "lm_head", None)
         known = (
             isinstance(backbone, TransformerBackbone)
-            and getattr(backbone.forward, "__func__", None) is TransformerBackbone.forward
+            and type(backbone).forward is TransformerBackbone.forward
+            and "forward" not in vars(backbone)
             and backbone._compiled_call_impl is None
             and type(head) is nn.Linear
             and head.weight.shape[0] == self.vocab_size
@@ -140,6 +143,11 @@ class GenerativeModule(StreamedModule):
             return
         batch = self.checked(batch)
         loss, weight = self.evaluation_loss(batch, self.evaluation_generator(dataloader_idx, batch_idx))
+        self.log_evaluation(loss, weight, dataloader_idx)
+
+    @on_host
+    def log_evaluation(self, loss: Tensor, weight: int, dataloader_idx: int) -> None:
+        """Log the loss of a batch, which counts for its weight in the mean over batches."""
         name = f"{stage_name(self.trainer)}/loss{loader_suffix(self.trainer, dataloader_idx)}"
         self.log(name, loss, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True, add_dataloader_idx=False)
 
@@ -153,6 +161,7 @@ class GenerativeModule(StreamedModule):
 
     on_test_epoch_end = on_validation_epoch_end
 
+    @on_host
     def checked(self, batch: Any) -> Batch:
         """Return a batch of evaluation in its one form: clean sequences, or questions alone.
 
@@ -171,6 +180,7 @@ class GenerativeModule(StreamedModule):
             )
         )
 
+    @on_host
     def evaluation_generator(self, *keys: int) -> torch.Generator:
         """Return a generator that leaves those of training alone: the same numbers every time for the same keys."""
         seed = derived_seed(self._sampling_seed, self.global_rank, *keys)
@@ -178,6 +188,7 @@ class GenerativeModule(StreamedModule):
 
     # Generation ---------------------------------------------------------------------------------------------
 
+    @on_host
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Complete everything that is not prompt.
 
@@ -270,6 +281,7 @@ def check_eos(eos_id: int | None, vocab_size: int, mask_id: int) -> int | None:
     return eos_id
 
 
+@on_host
 def is_questions(batch: Any, mask_id: int) -> bool:
     """Tell whether a batch has prompts alone: every position that is not given is masked."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get("prompt_mask"), Tensor):

@@ -17,6 +17,7 @@ from puma_lightning.output.alignment import align
 from puma_lightning.output.head import linear_cross_entropy, predict_where, spread, true_positions
 from puma_lightning.output.losses import masked_cross_entropy
 from puma_lightning.output.prediction import Prediction, Statistic
+from puma_lightning.training.host import on_host
 from puma_lightning.training.optim import WarmupCosine
 
 
@@ -96,10 +97,23 @@ class MaskedDiffusion(GenerativeModule):
         if head is None or reads is None:
             logits = self.denoise(chains)
             return (masked_cross_entropy(logits, chains.x0, chains.masked) * weights).sum(), logits.detach()
+        return self._loss_of_masked(self.aligned_states(chains), head, chains, weights, reads, num_masked)
+
+    @on_host
+    def _loss_of_masked(
+        self,
+        states: Tensor,
+        head: nn.Linear,
+        chains: Chains,
+        weights: Tensor,
+        reads: Collection[Statistic],
+        num_masked: int | None,
+    ) -> tuple[Tensor, Prediction]:
+        """Run the output layer on the masked positions alone, of which every batch has another number."""
         masked = chains.masked
         index = true_positions(masked, num_masked)
         each = ((weights / masked.sum(1).clamp_min(1))[:, None] * masked).flatten()
-        states, target = self.aligned_states(chains).flatten(0, 1)[index], chains.x0.flatten()[index]
+        states, target = states.flatten(0, 1)[index], chains.x0.flatten()[index]
         loss, found = linear_cross_entropy(states, head.weight, target, each[index], head.bias, self.mask_id, reads)
         return loss, spread(found, index, masked.shape)
 
@@ -117,21 +131,29 @@ class MaskedDiffusion(GenerativeModule):
             return self.loss(chains, weights)[0]
         known = {"num_masked": self.stream.num_masked} if chains.xt.is_cuda else {}
         loss, predictions = self.loss(chains, weights, self.forward_process.reads(), **known)
-        self.finite.observe(loss, self.trainer)
-        self.stream.advance(predictions, self.global_step)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        self.finish_step(loss, predictions, batch)
+        return loss
+
+    @on_host
+    def finish_step(self, loss: Tensor, predictions: Tensor | Prediction, batch: Any) -> None:
+        super().finish_step(loss, predictions, batch)
         if self.block_size is not None:
-            self.trained_in = chains.x0.shape[1]
+            self.trained_in = batch["chains"].x0.shape[1]
             # Lightning would make a tensor of a number, by a copy that waits for the device.
             block_size = torch.full((), float(self.trained_in), device=self.device)
             self.log("train/block_size", block_size, batch_size=len(batch["input_ids"]))
-        return loss
 
     def evaluation_loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
         """Return the per-token NELBO, with n stratified over the batch, and the same masks at every evaluation.
 
         For a block model it is the sum of the NELBOs of its blocks, over the length of the answer.
         """
+        chains, weights = self._chains_of_evaluation(batch, generator)
+        return self.loss(chains, weights)[0], len(batch["input_ids"])
+
+    @on_host
+    def _chains_of_evaluation(self, batch: Batch, generator: torch.Generator) -> tuple[Chains, Tensor]:
+        """Return partly masked chains of a clean batch, and what each counts for."""
         size = len(batch["input_ids"])
         block_size = self.current_block_size()
         batch = padded_to_multiple(batch, block_size or 1, self.mask_id)
@@ -144,7 +166,7 @@ class MaskedDiffusion(GenerativeModule):
         )
         answer_length = chains.answer_length.float().view(size, -1)
         weights = answer_length / answer_length.sum(1, keepdim=True) / size
-        return self.loss(stratified_masking(chains, generator), weights.flatten())[0], size
+        return stratified_masking(chains, generator), weights.flatten()
 
     def complete(
         self,

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from puma_lightning.training.checkpoints import latest_checkpoint
+from puma_lightning.training.host import on_host
 
 
 class FiniteCheck:
@@ -25,6 +26,7 @@ class FiniteCheck:
         """Forget earlier losses, at the start of a run."""
         self._finite = None
 
+    @on_host
     def observe(self, loss: Tensor, trainer: pl.Trainer) -> None:
         """Note a loss, and look at it if that is due.
 

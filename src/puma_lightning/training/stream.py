@@ -21,6 +21,7 @@ from puma_lightning.chain.stages import StepSchedule, stage_of
 from puma_lightning.chain.teacher import ForwardProcess
 from puma_lightning.data.batch import Batch, padded_to_multiple
 from puma_lightning.output.prediction import Prediction, apply
+from puma_lightning.training.host import on_host
 from puma_lightning.training.sequences import CleanSequences, derived_seed
 
 # Is told of every advance: the accumulation group, its chains before, their predictions, and the chains after.
@@ -116,10 +117,12 @@ class Stream:
         return {**{name: join_blocks(rows, chains.num_blocks) for name, rows in shown.items()}, "chains": chains}
 
     @property
+    @on_host
     def num_masked(self) -> int:
         """Masked positions of the batch yielded last, all rows together; known without waiting for the device."""
         return int(self._on_host[(self.step - 1) % len(self.groups)]()[1].sum())
 
+    @on_host
     def advance(self, predictions: Tensor | Prediction, step: int) -> None:
         """Move the chains of the batch yielded last.
 
