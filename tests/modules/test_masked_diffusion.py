@@ -420,7 +420,7 @@ def test_bad_data_are_refused():
     refused(model(), r"one torch\.utils\.data\.DataLoader, got list", [loader(), loader()])
 
 
-@pytest.mark.parametrize("options", [{"overfit_batches": 1}, {"reload_dataloaders_every_n_epochs": 1}], ids=str)
+@pytest.mark.parametrize("options", [{"reload_dataloaders_every_n_epochs": 1}], ids=str)
 def test_trainer_options_that_work_on_loaders_are_refused(options):
     """Rather than silently doing something else."""
     refused(model(), next(iter(options)), **options)

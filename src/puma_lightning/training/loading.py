@@ -31,12 +31,11 @@ class StreamLoading:
             ValueError: If an option of the Trainer works on loaders only.
         """
         trainer = module.trainer
-        for option in ("overfit_batches", "reload_dataloaders_every_n_epochs"):
-            if value := getattr(trainer, option):
-                raise ValueError(
-                    f"{option}: expected 0, as it works on loaders, which the stream of chains replaces, got {value}; "
-                    "leave it out and choose the sequences in the DataModule"
-                )
+        if value := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            raise ValueError(
+                "reload_dataloaders_every_n_epochs: expected 0, as it works on loaders, which the stream of chains "
+                f"replaces, got {value}; leave it out and choose the sequences in the DataModule"
+            )
         self._random_before = torch.get_rng_state()
         # The stream is resumable: its state is in the module's part of the checkpoint.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
@@ -58,8 +57,16 @@ class StreamLoading:
                 "DataLoader"
             )
         trainer = module.trainer
+        overfit: int | float = trainer.overfit_batches  # type: ignore[attr-defined]
         sequences = CleanSequences(
-            loader, module.mask_id, module.vocab_size, trainer.global_rank, trainer.world_size, seed, module.shifted
+            loader,
+            module.mask_id,
+            module.vocab_size,
+            trainer.global_rank,
+            trainer.world_size,
+            seed,
+            module.shifted,
+            overfit,
         )
         groups = max(
             [trainer.accumulate_grad_batches]
@@ -69,6 +76,10 @@ class StreamLoading:
                 if isinstance(callback, GradientAccumulationScheduler)
             ]
         )
+        if overfit and sequences.num_sequences is not None:
+            # Lightning would take a share of what is a share already. No update has more batches than an epoch.
+            trainer.limit_train_batches = steps_in_an_epoch(trainer, sequences)
+            groups = max(1, min(groups, trainer.limit_train_batches))
         needed = sequences.batch_size * groups
         if sequences.num_sequences is not None and sequences.num_sequences // trainer.world_size < needed:
             raise ValueError(

@@ -55,12 +55,15 @@ class CleanSequences:
         world_size: Number of processes.
         seed: The same on all ranks.
         first_given: Whether position 0 must be given in every sequence.
+        first_batches: Of the data only the first so many batches (an integer), or this share of them (a float), for
+            each rank, in their order whatever the sampler is; 0 for all of them. Of an iterable data set they are read
+            once and kept.
 
     Attributes:
         num_sequences: Sequences in a pass over all ranks; None for an iterable data set that does not say.
 
     Raises:
-        ValueError: If the loader has no batch size or no sampler, or the data set is empty.
+        ValueError: If the loader has no batch size or no sampler, the data set is empty, or ``first_batches`` is none.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class CleanSequences:
         world_size: int = 1,
         seed: int = 0,
         first_given: bool = False,
+        first_batches: int | float = 0,
     ) -> None:
         self.loader = loader
         self.rank = rank
@@ -118,7 +122,34 @@ class CleanSequences:
             self._dealt_out = is_split(loader.dataset)
             self._parts = world_size if can_be_split(loader.dataset) else 1
             self._share_shards()
+        self._keeps_first = False
+        if first_batches:
+            self._keep_first(first_batches)
         self.seek(seed, 0)
+
+    def _keep_first(self, batches: int | float) -> None:
+        """Leave nothing of the data but its first batches."""
+        in_all = None if self.num_sequences is None else self.num_sequences // (self.batch_size * self.world_size)
+        if in_all == 0:
+            return  # too few for a batch, which is refused with their number
+        if isinstance(batches, float):
+            if in_all is None:
+                raise ValueError(
+                    "overfit_batches: expected a number of batches, as the training data have no length, got "
+                    f"{batches}; give an integer"
+                )
+            if int(in_all * batches) == 0:
+                raise ValueError(
+                    f"overfit_batches: expected at least one batch, got {batches} of {in_all}; give a larger share, "
+                    "or an integer, the number of batches"
+                )
+            batches = int(in_all * batches)
+        batches = batches if in_all is None else min(batches, in_all)
+        self.num_sequences = batches * self.batch_size * self.world_size
+        if self._iterable:
+            self._keeps_first = True
+        else:
+            self._sampler, self._dealt_out = SequentialSampler(range(self.num_sequences)), False
 
     def _share_shards(self) -> None:
         """Say where a data set has too few shards to be shared well, and start no worker that would have none."""
@@ -209,8 +240,8 @@ class CleanSequences:
 
     def supply(self) -> dict[str, Any]:
         """Return what a checkpoint must hold besides ``position``, as plain types and tensors."""
-        # Of a data set with an index the position says all.
-        rest = self._rest if self._iterable else None
+        # Of a data set with an index, and of rows that are kept, the position says all.
+        rest = self._rest if self._iterable and not self._keeps_first else None
         # Copies: a part of a tensor would be saved with the whole.
         copies = [batch and {name: rows.clone() for name, rows in batch.items()} for batch in (self._waiting, rest)]
         return {"eras": self.eras, "place": self._place, "waiting": copies[0], "rest": copies[1]}
@@ -240,6 +271,8 @@ class CleanSequences:
         Raises:
             ValueError: If that is not possible.
         """
+        if self._keeps_first:
+            raise self._refusal(len(positions), "with overfit_batches each keeps sequences of its own")
         given = [supply or {"eras": [], "place": None, "waiting": None, "rest": None} for supply in supplies]
         unread = [supply["rest"] for supply in given]
         # All that was read counts as taken, and what is not in a slot waits.
@@ -351,13 +384,22 @@ class CleanSequences:
             )
             return ((check(batch), None) for batch in loader)
         place, taken = self._place, self.position + _size(self._rest)
+        if self._keeps_first:
+            taken = 0
         if place is None:
-            over = self.position * self.world_size  # all that older checkpoints say
+            # All that older checkpoints say. What is kept is read from the start.
+            over = 0 if self._keeps_first else self.position * self.world_size
             place = first_place(self.rank if self._parts > 1 else 0, self._parts, self._slices, over)
         batches = read(old.dataset, place, self.batch_size, old.collate_fn, check, seed, options)
+        mine: Iterator[tuple[Batch, Place]]
         if self._dealt_out or place["of"] > 1 or (self.world_size == 1 and not self.eras):
-            return ((batch, after) for batch, _, after in batches)
-        return _share_of(batches, self.eras, taken, self.rank, self.world_size)
+            mine = ((batch, after) for batch, _, after in batches)
+        else:
+            mine = _share_of(batches, self.eras, taken, self.rank, self.world_size)
+        if not self._keeps_first:
+            return mine
+        assert self.num_sequences is not None
+        return _first_of(mine, self.num_sequences // self.world_size, self.position, self._limits["mask_id"])
 
 
 def _checked(batch: Any, **limits: Any) -> Batch:
@@ -377,6 +419,20 @@ def _share_of(
         index = index[(place % ranks == rank) & (place // ranks >= taken)]
         if len(index):
             yield {name: tensor[index] for name, tensor in batch.items()}, after
+
+
+def _first_of(
+    batches: Iterator[tuple[Batch, Place]], number: int, position: int, mask_id: int
+) -> Iterator[tuple[Batch, None]]:
+    """Yield the first so many sequences again and again, from a position on."""
+    parts: list[Batch] = []
+    while (missing := number - sum(map(_size, parts))) > 0:
+        parts.append(_cut(next(batches)[0], missing)[0])
+    del batches  # its workers may end
+    kept, skip = join_batches(parts, mask_id), position % number
+    while True:
+        yield _cut(kept, skip)[1], None
+        skip = 0
 
 
 def _size(batch: Batch | None) -> int:
