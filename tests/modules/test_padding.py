@@ -28,6 +28,8 @@ from puma_lightning import (
 )
 from puma_lightning.chain.chains import Chains
 from puma_lightning.data.batch import padded_to_multiple, padding_last
+from puma_lightning.data.text.token_cache import collate
+from puma_lightning.data.word_problems import WordProblemsDataModule
 
 V, MASK, EOS = 12, 11, 0
 few = settings(max_examples=10, deadline=None)
@@ -250,6 +252,93 @@ def test_metrics_read_texts_without_padding(tmp_path):
     evaluation = GenerationEvaluation({"lengths": Lengths()}, [Sampler()])
     trainer(tmp_path, callbacks=[evaluation]).validate(MODELS["any order"](), Texts(), verbose=False)
     assert seen == [([5, 9], [5, 9])]
+
+
+# --- the padding of the text DataModules ---
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    """Word problems whose padding is hidden."""
+    data = WordProblemsDataModule(
+        num_train=40, num_val=6, num_test=6, vocab_size=600, sequence_length=144, padding="none", batch_size=4,
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def with_padding(problems, token):
+    """Batches whose padding holds some token."""
+
+    def changed(items):
+        batch = collate(items)
+        return {**batch, "input_ids": batch["input_ids"].masked_fill(~batch["attention_mask"], token)}
+
+    return changed
+
+
+TEXT_MODELS = {
+    "any order": lambda net, eos: MaskedDiffusion(net(), 1, ProgressiveUnmasking(3, threshold=0.02)),
+    "any order, shifted": lambda net, eos: MaskedDiffusion(net(), 1, RandomMasking(), shifted=True),
+    "blocks": lambda net, eos: BlockDiffusion(net(), 1, 16, eos, ProgressiveUnmasking(3, threshold=0.02)),
+    "from the left": lambda net, eos: AutoregressiveLM(net(causal=True), 1, eos),
+}
+
+
+def text_model(name, problems):
+    def net(causal=False):
+        torch.manual_seed(0)
+        return TransformerBackbone(problems.vocab_size, 16, 24, 1, 2, max_length=144, causal=causal)
+
+    return TEXT_MODELS[name](net, problems.eos_id)
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_what_hidden_padding_holds_changes_no_run(tmp_path, problems, name):
+    """Losses, chains, weights and samples are the same to the last bit; there is one EOS less to see."""
+    found = []
+    for token in (problems.eos_id, 7, problems.mask_id):
+        model = text_model(name, problems)
+        loader = DataLoader(problems._sets["train"], batch_size=4, collate_fn=with_padding(problems, token))
+        run = trainer(tmp_path, max_steps=6, val_check_interval=6, limit_val_batches=1)
+        torch.manual_seed(0)
+        run.fit(model, loader, loader)
+        batch = with_padding(problems, token)(problems._sets["val"].__getitems__(range(6)))
+        sample = model.predict_step(batch, 0)
+        real = batch["attention_mask"]
+        found.append(
+            [run.callback_metrics["train/loss"], run.callback_metrics["val/loss"], *model.state_dict().values(),
+             sample["tokens"][real], sample["reveal_step"][real], sample["nfe"]]
+        )  # fmt: skip
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@few
+@given(st.integers(2, 599), st.integers(0, 2**31))
+def test_what_hidden_padding_holds_changes_no_score(problems, token, seed):
+    model = text_model("any order", problems)
+    clean = problems._sets["train"].__getitems__(range(8))
+    changed = {**clean, "input_ids": clean["input_ids"].masked_fill(~clean["attention_mask"], token)}
+    results = []
+    for batch in (clean, changed):
+        generator = torch.Generator().manual_seed(seed)
+        chains = model.chains(batch, generator)
+        with torch.no_grad():
+            logits = model.denoise(chains)
+        moved = model.forward_process.advance(chains, logits, 0, generator)
+        results.append([chains.xt, logits, Confidence()(logits, chains.xt), moved.xt, moved.stage, moved.done])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_the_room_of_an_unknown_answer_is_generated(problems, name):
+    batch = next(iter(problems.predict_dataloader()))
+    sample = text_model(name, problems).predict_step(batch, 0)
+    assert "attention_mask" not in sample and not (sample["tokens"] == problems.mask_id).any()
+    assert torch.equal(sample["reveal_step"] >= 0, ~batch["prompt_mask"])
 
 
 # --- backbones of one's own ---

@@ -69,6 +69,34 @@ def test_one_text_per_sequence_comes_back(tmp_path: Path, padding: str) -> None:
         assert trained == text + [data.eos_id] * {"eos": 47 - len(text), "first_eos": 1, "none": 0}[padding]
 
 
+@pytest.mark.parametrize("padding", ["eos", "first_eos", "none"])
+def test_what_follows_an_answer_is_hidden_only_where_nothing_is_trained_on_it(tmp_path: Path, padding: str) -> None:
+    """By all loaders alike, and by workers; where the answer is not known its whole room is there."""
+    prompts = write(tmp_path, "p.jsonl")
+    data = module(
+        tmp_path, packing=False, padding=padding, sequence_length=48, test_file=prompts, predict_file=prompts,
+        num_workers=1,
+    )  # fmt: skip
+    known = [batch for name in ("train", "val", "test") for batch in getattr(data, f"{name}_dataloader")()]
+    for batch in known:
+        assert ("attention_mask" in batch) == (padding == "none")
+        if padding == "none":
+            inside = batch["attention_mask"]
+            assert inside.dtype == torch.bool and not (inside[:, 1:] & ~inside[:, :-1]).any()
+            assert torch.equal(inside[:, 1:], ~batch["prompt_mask"][:, 1:])
+            checked = check_batch(batch, mask_id=1, vocab_size=280)
+            assert torch.equal(checked["attention_mask"], inside)
+    for batch in data.predict_dataloader():
+        checked = check_batch(batch, mask_id=1, vocab_size=280, clean=False)
+        assert "attention_mask" not in checked and (~checked["prompt_mask"]).any(1).all()
+        assert (checked["input_ids"][~checked["prompt_mask"]] == data.mask_id).all()
+
+
+@pytest.mark.parametrize("padding", ["eos", "none"])
+def test_packed_text_hides_nothing(tmp_path: Path, padding: str) -> None:
+    assert "attention_mask" not in module(tmp_path, padding=padding)._sets["train"][0]
+
+
 def test_packed_text_comes_back(tmp_path: Path) -> None:
     data = module(tmp_path, num_val=4, seed=3)
     stream = data._sets["train"].__getitems__(range(len(data._sets["train"])))["input_ids"][:, 1:].flatten()

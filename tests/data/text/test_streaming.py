@@ -65,6 +65,15 @@ def text(data: TextDataModule, item: dict[str, Tensor]) -> str:
     return data.decode(item["input_ids"], item["prompt_mask"])["completion"]
 
 
+@pytest.mark.parametrize("padding", ["eos", "first_eos", "none"])
+def test_a_stream_gives_what_a_cache_does(tmp_path: Path, padding: Any) -> None:
+    streamed, kept = (module(tmp_path, padding=padding, streaming=streaming) for streaming in (True, False))
+    assert list(next(iter(stream_of(streamed)))) == list(kept._sets["train"][0])
+    for item in stream_of(streamed):
+        if padding == "none":
+            assert torch.equal(item["attention_mask"][1:], ~item["prompt_mask"][1:]) and item["attention_mask"][0]
+
+
 def held_out(data: TextDataModule) -> list[str]:
     val = data._sets["val"]
     return [text(data, val[i]) for i in range(len(val))]

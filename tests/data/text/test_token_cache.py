@@ -55,6 +55,9 @@ def test_what_was_written_is_read(
     for row, given_positions in zip(order, batch["prompt_mask"].tolist(), strict=True):
         assert given_positions == [i < prompt[row] or i >= end[row] for i in range(L)]
     assert batch.get("answer") == ([str(i) for i in order] if answers else None)
+    hidden = pickle.loads(pickle.dumps(TokenDataset(dataset.folder, hidden=True))).__getitems__(order)
+    assert hidden.pop("attention_mask").tolist() == [[i < end[row] for i in range(L)] for row in order]
+    assert hidden.keys() == batch.keys() and torch.equal(hidden["prompt_mask"], batch["prompt_mask"])
     alone = dataset[order[0]]
     assert torch.equal(alone["input_ids"], batch["input_ids"][0]) and alone["input_ids"].shape == (L,)
     width = 2 if vocab_size <= 2**16 else 4

@@ -87,7 +87,8 @@ class TextDataModule(pl.LightningDataModule):
             an EOS that is given. False: each row is a sequence of its own, cut to L if longer.
         padding: What is trained on after the text, without packing. ``eos``: all remaining positions, which are EOS.
             ``first_eos``: the first EOS; the others are given, so a bidirectional model can see where the text ends.
-            ``none``: nothing; all EOS are given.
+            ``none``: nothing, not even EOS: what follows is padding, of which an ``attention_mask`` tells. No model
+            then learns to end, and one that fills in any order still knows from the masks how long the answer is.
         num_train: Train on this many rows at most; null for all.
         num_val: Number of rows held out (null: a tenth, 1,000 at most), or read this many of ``val_file`` at most
             (null: all).
@@ -506,7 +507,7 @@ class TextDataModule(pl.LightningDataModule):
                 write_examples(writer, rows, form, lambda r: self.encode(r, tokenize), answers, title)
 
         recipe = {**self._recipe(name), "tokenizer": self.tokenizer_fingerprint, **vars(form)}
-        return cached(self.cache_dir, recipe, self.sequence_length, self.vocab_size, build)
+        return cached(self.cache_dir, recipe, self.sequence_length, self.vocab_size, build, form.hides_padding)
 
     def _report(self, name: str, dataset: TokenDataset) -> None:
         counts = Counter(dataset.counts)

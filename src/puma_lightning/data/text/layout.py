@@ -7,7 +7,9 @@ from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Padding = Literal["eos", "first_eos", "none"]
 Example = tuple[list[int], int] | None
@@ -20,7 +22,7 @@ class Sequences:
     Attributes:
         tokens: (n, L).
         prompt: Number of given positions at the start (n,).
-        end: Where positions are given again (n,); L if nowhere.
+        end: Where the answer ends (n,); L if nowhere. What follows is given, or padding.
         kept: The number of the example that each sequence is of (n,).
         counts: How many examples were skipped or cut, by reason.
     """
@@ -45,7 +47,7 @@ def lay_out(
         length: L.
         eos_id: EOS.
         padding: ``eos``: all positions after the example are part of the answer. ``first_eos``: the first EOS is, the
-            others are given. ``none``: all EOS are given.
+            others are given. ``none``: no EOS is; all of them are padding.
         min_answer_length: Skip an example with fewer answer positions: its prompt leaves no more or, unless padding
             is ``eos``, its answer has no more.
     """
@@ -70,6 +72,22 @@ def lay_out(
     ids = [whole[i][0][: length - 1] for i in np.flatnonzero(enough)]
     tokens[np.arange(length) < inside[enough, None]] = flatten(ids)
     return Sequences(tokens, prompt[enough], end[enough], kept[enough], counts)
+
+
+def batch_of(tokens: NDArray[Any], prompt: Any, end: Any, hidden: bool) -> dict[str, Tensor]:
+    """Return sequences as tensors of a batch, or one sequence as an item of it.
+
+    Args:
+        tokens: Token ids (..., L), int64.
+        prompt: See ``Sequences``, (...).
+        end: See ``Sequences``, (...).
+        hidden: Whether what follows the answer is padding, of which an ``attention_mask`` tells, rather than given.
+    """
+    position = np.arange(tokens.shape[-1])
+    inside = position < end[..., None]
+    outside = (position < prompt[..., None]) | ~inside
+    batch = {"input_ids": tokens, "prompt_mask": outside, **({"attention_mask": inside} if hidden else {})}
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
 def lay_out_prompts(

@@ -11,10 +11,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from puma_lightning.data.text.layout import Example, Packer, Sequences, check_examples, documents, lay_out
+from puma_lightning.data.text.layout import Example, Packer, Sequences, batch_of, check_examples, documents, lay_out
 from puma_lightning.data.text.rows import Rows
 from puma_lightning.data.text.tokenise import Format
 
@@ -119,12 +118,10 @@ class TextStream(IterableDataset[dict[str, Any]]):
             if self.buffer > 1:
                 keys = [self.seed, self._epoch, self._part, 0 if info is None else info.id, place["buffer"]]
                 order = np.random.default_rng(keys).permutation(order)
-            position = np.arange(self.form.length)
             for given in range(place["given"], len(order)):
                 row = order[given]
-                outside = (position < laid.prompt[row]) | (position >= laid.end[row])
                 self._place = {**place, "given": given + 1}
-                yield {"input_ids": torch.from_numpy(laid.tokens[row]), "prompt_mask": torch.from_numpy(outside)}
+                yield batch_of(laid.tokens[row], laid.prompt[row], laid.end[row], self.form.hides_padding)
             place = {"rows": rows.state_dict(), "rest": packer.rest.tolist(), "buffer": place["buffer"] + 1, "given": 0}
 
     def _read(self, source: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, default_collate
 
 from puma_lightning.data.cache import facts_of, from_cache
+from puma_lightning.data.text.layout import batch_of
 
 # Raise it when the same recipe gives other sequences than before.
 _VERSION = 2
@@ -21,18 +21,20 @@ _ANSWERS = "answers.json"
 
 
 class TokenDataset(Dataset[dict[str, Any]]):
-    """Sequences of a cache folder. Processes share the memory; only the path is sent to a DataLoader's workers.
+    """Sequences of a cache folder. Processes share the memory; only the arguments are sent to a DataLoader's workers.
 
     Args:
         folder: What ``cached`` made.
+        hidden: Whether what follows the answers is padding rather than given. The files are the same.
 
     Attributes:
         counts: How many rows or sequences were skipped, cut or left over, by reason.
         rows: Number of rows that the sequences were made from.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hidden: bool = False) -> None:
         self.folder = folder
+        self.hidden = hidden
         facts = facts_of(folder)
         self.counts: dict[str, int] = facts["counts"]
         self.rows: int = facts["rows"]
@@ -53,18 +55,16 @@ class TokenDataset(Dataset[dict[str, Any]]):
         """Return a whole batch, tensors (B, L) and maybe a list of B answers; ``collate`` passes it on."""
         rows = np.asarray(indices)
         tokens = self._tokens[rows].astype(np.int64)
-        position = np.arange(tokens.shape[1])
-        given = (position < self._prompt[rows, None]) | (position >= self._end[rows, None])
-        batch: dict[str, Any] = {"input_ids": torch.from_numpy(tokens), "prompt_mask": torch.from_numpy(given)}
+        batch: dict[str, Any] = {**batch_of(tokens, self._prompt[rows], self._end[rows], self.hidden)}
         if self._answers is not None:
             batch["answer"] = [self._answers[row] for row in rows]
         return batch
 
-    def __getstate__(self) -> Path:
-        return self.folder
+    def __getstate__(self) -> tuple[Path, bool]:
+        return self.folder, self.hidden
 
-    def __setstate__(self, folder: Path) -> None:
-        self.__init__(folder)  # type: ignore[misc]
+    def __setstate__(self, arguments: tuple[Path, bool]) -> None:
+        self.__init__(*arguments)  # type: ignore[misc]
 
 
 def collate(items: Any) -> Any:
@@ -118,7 +118,7 @@ class TokenWriter:
         Args:
             tokens: Token ids (n, L).
             prompt: Number of given positions at the start (n,).
-            end: Where positions are given again (n,); L if nowhere.
+            end: Where the answers end (n,); L if nowhere.
             answers: n gold answers.
         """
         for name, values in (("tokens", tokens), ("prompt", prompt), ("end", end)):
@@ -148,7 +148,12 @@ class TokenWriter:
 
 
 def cached(
-    folder: Path, recipe: Mapping[str, object], length: int, vocab_size: int, build: Callable[[TokenWriter], None]
+    folder: Path,
+    recipe: Mapping[str, object],
+    length: int,
+    vocab_size: int,
+    build: Callable[[TokenWriter], None],
+    hidden: bool = False,
 ) -> TokenDataset:
     """Return the sequences of a recipe, from disk if they were made before, see ``puma_lightning.data.cache``.
 
@@ -158,6 +163,7 @@ def cached(
         length: L.
         vocab_size: V.
         build: Writes the sequences; called if there are none yet, or damaged ones.
+        hidden: See ``TokenDataset``.
     """
 
     def write(path: Path) -> dict[str, Any]:
@@ -170,4 +176,4 @@ def cached(
         return {"rows": writer.rows, "counts": dict(writer.counts)}
 
     recipe = {"version": _VERSION, "length": length, **recipe}
-    return from_cache(folder, "tokens", recipe, write, lambda path, _: TokenDataset(path))
+    return from_cache(folder, "tokens", recipe, write, lambda path, _: TokenDataset(path, hidden))

@@ -56,6 +56,11 @@ class Format:
     padding: Padding
     min_answer_length: int
 
+    @property
+    def hides_padding(self) -> bool:
+        """Whether what follows an answer is padding rather than given."""
+        return self.padding == "none" and not self.packing
+
 
 def write_examples(
     writer: TokenWriter,
