@@ -155,6 +155,20 @@ def test_from_autoregressive_weights_to_judged_predictions(capsys):
             assert "program_result" in line
 
 
+def test_answers_end_at_the_eos_of_the_data():
+    """If the sampler is to end there; the command line links it, and a checkpoint keeps it."""
+    run = fit("mdm")
+    saved = f"{run}/checkpoints/last.ckpt"
+    base = ["predict", "--config", "configs/words/mdm.yaml", *SMALL, *WORDS, "--ckpt_path", saved]
+    nfe = []
+    for name, ends in (("off", "false"), ("on", "true")):
+        main([*base, f"--name={name}", f"--model.init_args.sampler.init_args.end_at_eos={ends}"])
+        (written,) = Path("runs", name).rglob("predictions.jsonl")
+        nfe.append([json.loads(line)["nfe"] for line in written.read_text().splitlines()])
+    assert all(on <= off for off, on in zip(*nfe, strict=True))
+    assert MaskedDiffusion.load_from_checkpoint(saved).eos_id == 0
+
+
 def test_a_checkpoint_of_another_tokenizer_is_refused(refused):
     fit("ar")
     with refused(r"tokenizer: expected .*use the tokenizer it was trained with"):

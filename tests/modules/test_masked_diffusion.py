@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from puma_lightning import UnmaskingTrajectory
+from puma_lightning import CellAccuracy, GenerationEvaluation, UnmaskingTrajectory
+from puma_lightning.chain.policies import LeftToRight
 from puma_lightning.chain.student import Sampler
 from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking, RandomMasking
 from puma_lightning.models import TransformerBackbone
@@ -338,6 +339,23 @@ def test_sample_reads_only_the_prompt():
     assert module.sample(rows.x0, prompt, Sampler(num_steps=1)).nfe.tolist() == [1] * 4
 
 
+@pytest.mark.parametrize("large", [None, 1], ids=["logits", "head"])
+def test_a_sample_ends_at_the_eos_of_the_module(large):
+    """Whose text up to there is the same from the left, in as many passes as it is long."""
+    torch.manual_seed(0)
+    module = model(backbone=TransformerBackbone(V, 16, 24, 1, 2), eos_id=0).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    module.large_vocabulary = large
+    xt, prompt = torch.randint(1, MASK, (16, 12)), torch.arange(12).expand(16, -1) < 2
+    off, on = (module.sample(xt, prompt, Sampler(LeftToRight(), end_at_eos=ends)) for ends in (False, True))
+    sizes = [(*row, 0).index(0) for row in off.tokens[:, 2:].tolist()]
+    assert off.nfe.tolist() == [10] * 16 and on.nfe.tolist() == [min(size + 1, 10) for size in sizes]
+    assert min(sizes) < 9 and max(sizes) == 10
+    for old, new, size in zip(off.tokens[:, 2:].tolist(), on.tokens[:, 2:].tolist(), sizes, strict=True):
+        assert new == old[:size] + [0] * (10 - size)
+
+
 def test_forward_never_predicts_the_mask_token():
     """Its logit is -inf, all others are the backbone's."""
     module, xt = model(), torch.full((1, LENGTH), MASK)
@@ -371,6 +389,17 @@ def test_a_policy_of_another_shape_or_nan_is_refused():
     refused(model(ProgressiveUnmasking(3, wrong_shape)), r"\(B, L\) = \(4, 8\), got \(4,\) from .*wrong_shape")
     refused(model(ProgressiveUnmasking(3, not_a_number)), "NaN from .*not_a_number")
     refused(model(sampler=Sampler(wrong_shape)), "wrong_shape")
+
+
+def test_an_end_at_an_eos_that_there_is_not_is_refused():
+    """And an EOS that can't be one."""
+    ends = Sampler(end_at_eos=True)
+    refused(model(sampler=ends), "end_at_eos: expected false where no token ends an answer")
+    evaluation = GenerationEvaluation({"cells": CellAccuracy()}, [ends])
+    refused(model(), "end_at_eos: expected false", callbacks=[evaluation])
+    for eos_id in (MASK, V, -1):
+        with pytest.raises(ValueError, match=f"eos_id: expected a token in 0..5 .* got {eos_id}"):
+            model(eos_id=eos_id)
 
 
 def test_logits_of_another_shape_are_refused():

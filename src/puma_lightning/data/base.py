@@ -94,8 +94,9 @@ class DataOffer:
     def eos_id(self) -> int | None:
         """The token that ends an answer.
 
-        Used by the command line, which gives it to a model that generates from left to right. Without it nothing
-        ends an answer early, and every position is generated.
+        Used by the command line, which gives it to the model. One that generates from left to right, whole or in
+        blocks, ends there; one that fills in any order if its sampler has ``end_at_eos``. Without it nothing ends an
+        answer early, and every position is generated.
         """
         return self._integer("eos_id")
 

@@ -17,7 +17,7 @@ from puma_lightning.chain.student import AnySampler, BlockSampler, Sample, Sampl
 from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking
 from puma_lightning.models.cache import KeyValueCache
 from puma_lightning.models.calling import check_takes_padding
-from puma_lightning.modules.generative import check_eos, padding_of
+from puma_lightning.modules.generative import padding_of
 from puma_lightning.modules.masked_diffusion import MaskedDiffusion
 from puma_lightning.output.alignment import align
 from puma_lightning.output.head import predict_where
@@ -74,10 +74,9 @@ class BlockDiffusion(MaskedDiffusion):
         schedule = StepSchedule("block_size", block_size)
         _check_backbone(backbone)
         super().__init__(
-            backbone, mask_id, forward_process, sampler, optimizer, scheduler, init_from, shifted  # type: ignore[arg-type]
+            backbone, mask_id, forward_process, sampler, optimizer, scheduler, init_from, shifted, eos_id  # type: ignore[arg-type]
         )  # fmt: skip
         self.block_size: StepSchedule = schedule
-        self.eos_id = check_eos(eos_id, self.vocab_size, mask_id)
         self.check_sampler(sampler)
 
     def forward(  # type: ignore[override]

@@ -12,7 +12,7 @@ from puma_lightning.chain.student import AnySampler, Sample, Sampler
 from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking
 from puma_lightning.chain.teacher.random_masking import stratified_masking
 from puma_lightning.data.batch import Batch, padded_to_multiple
-from puma_lightning.modules.generative import GenerativeModule, padding_of
+from puma_lightning.modules.generative import GenerativeModule, check_eos, padding_of
 from puma_lightning.output.alignment import align
 from puma_lightning.output.head import linear_cross_entropy, predict_where, spread, true_positions
 from puma_lightning.output.losses import masked_cross_entropy
@@ -35,9 +35,11 @@ class MaskedDiffusion(GenerativeModule):
             model, a folder with a Qwen2 model in safetensors, or its name on the Hugging Face hub.
         shifted: Whether the backbone predicts position i+1 at position i, as it does when it is initialised from
             an autoregressive model. Loss, policies and samplers see logits aligned with positions all the same.
+        eos_id: The token that ends an answer, for samplers that ``end_at_eos``; null if there is none. Linked to the
+            DataModule's.
 
     Raises:
-        ValueError: If the backbone has no ``vocab_size`` or is causal, or ``mask_id`` is outside the vocabulary.
+        ValueError: If the backbone has no ``vocab_size`` or is causal, or an id is outside the vocabulary.
     """
 
     sampler_class: type[AnySampler] = Sampler
@@ -52,6 +54,7 @@ class MaskedDiffusion(GenerativeModule):
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         init_from: str | None = None,
         shifted: bool = False,
+        eos_id: int | None = None,
     ) -> None:
         super().__init__(backbone, forward_process, mask_id, optimizer, scheduler, init_from)
         if getattr(backbone, "causal", False):
@@ -62,6 +65,13 @@ class MaskedDiffusion(GenerativeModule):
             )
         self.sampler = sampler
         self.shifted = shifted
+        self.eos_id = check_eos(eos_id, self.vocab_size, mask_id)
+
+    def check_sampler(self, sampler: AnySampler) -> None:
+        """Check that a sampler is one for this kind of model, and that there is an EOS if it ends at one."""
+        super().check_sampler(sampler)
+        within: Any = getattr(sampler, "within", sampler)  # of a block
+        within.check_eos(self.eos_id)
 
     def current_block_size(self) -> int | None:
         """Return the length of the blocks that the model was trained in last, which is what it can be evaluated in.
@@ -175,7 +185,7 @@ class MaskedDiffusion(GenerativeModule):
         generator: torch.Generator | None,
         attention_mask: Tensor | None = None,
     ) -> Sample:
-        return sampler(Canvas(self, attention_mask), xt, self.mask_id, generator)
+        return sampler(Canvas(self, attention_mask), xt, self.mask_id, generator, self.eos_id)
 
 
 class Canvas:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from puma_lightning.chain.policies import Confidence, PolicyLike, policy_name
 from puma_lightning.chain.step import Unmasking
-from puma_lightning.chain.student.sample import MaskedPredictor, Sample, Selectable, name_of_draw
+from puma_lightning.chain.student.sample import MaskedPredictor, Sample, Selectable, end_at_first_eos, name_of_draw
 from puma_lightning.output.drawing import check_draw, draw
 from puma_lightning.output.prediction import Prediction, exclude_token
 
@@ -22,6 +22,9 @@ class Sampler:
         threshold: Also reveal every masked position whose top-1 probability exceeds it.
         temperature: 0 takes the most likely token, otherwise tokens are drawn from softmax(logits / temperature).
         top_p: Draw only from the smallest set of tokens with at least this probability.
+        end_at_eos: Whether an EOS that is revealed reveals as EOS, in the same pass, all positions after it that are
+            still masked; so the model says how long an answer is. Positions before it go on, and tokens that stood
+            after it already stay.
 
     Raises:
         ValueError: If an argument is out of range, or both ``tokens_per_step`` and ``num_steps`` are given.
@@ -44,6 +47,7 @@ class Sampler:
         threshold: float | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        end_at_eos: bool = False,
     ) -> None:
         if tokens_per_step is not None and num_steps is not None:
             raise ValueError(
@@ -59,14 +63,28 @@ class Sampler:
         self.num_steps = num_steps
         self.temperature = temperature
         self.top_p = top_p
+        self.end_at_eos = end_at_eos
 
     @property
     def name(self) -> str:
-        """A short name for logs: ``confidence_1``, ``margin_steps8``, ``confidence_1_tau0.9``."""
+        """A short name for logs: ``confidence_1``, ``margin_steps8``, ``confidence_1_tau0.9``, ``confidence_1_eos``."""
         policy, threshold = self.unmasking.policy, self.unmasking.threshold
         pace = f"steps{self.num_steps}" if self.num_steps else str(self.tokens_per_step)
         tau = [f"tau{threshold:g}"] if threshold is not None else []
-        return "_".join([policy_name(policy), pace, *tau, *name_of_draw(self.temperature, self.top_p)])
+        eos = ["eos"] if self.end_at_eos else []
+        return "_".join([policy_name(policy), pace, *tau, *name_of_draw(self.temperature, self.top_p), *eos])
+
+    def check_eos(self, eos_id: int | None) -> None:
+        """Check that there is an EOS if this sampler is to end at one.
+
+        Raises:
+            ValueError: If not.
+        """
+        if self.end_at_eos and eos_id is None:
+            raise ValueError(
+                "end_at_eos: expected false where no token ends an answer, got true without an eos_id; give the model "
+                "(or this call) one, or data that offer it, or leave end_at_eos out"
+            )
 
     @torch.no_grad()
     def __call__(
@@ -75,6 +93,7 @@ class Sampler:
         xt: Tensor,
         mask_id: int,
         generator: torch.Generator | None = None,
+        eos_id: int | None = None,
     ) -> Sample:
         """Complete a batch.
 
@@ -86,10 +105,15 @@ class Sampler:
             xt: Sequences with the mask token at the positions to fill, (B, L) int64.
             mask_id: The mask token; it is never drawn.
             generator: Source of all randomness, on the device of ``xt``.
+            eos_id: The token that ends an answer, for ``end_at_eos``.
 
         Returns:
             The completed sequences.
+
+        Raises:
+            ValueError: If answers are to end at EOS, and there is none.
         """
+        self.check_eos(eos_id)
         sample = Sample.of_masked(xt, mask_id)
         rows = torch.arange(len(xt), device=xt.device)
         leaving = isinstance(model, Selectable) and not getattr(model, "static_shapes", False)
@@ -108,6 +132,8 @@ class Sampler:
             else:
                 count = torch.full_like(remaining, self.tokens_per_step)
             xt = self.unmasking.step(xt, drawn, predictions, count, mask_id, generator)
+            if self.end_at_eos and eos_id is not None:
+                xt = end_at_first_eos(xt, sample.reveal_step[rows] >= 0, mask_id, eos_id)
             sample.tokens[rows] = xt
             sample.reveal_step[rows] = torch.where(masked & (xt != mask_id), step, sample.reveal_step[rows])
             sample.nfe[rows] += remaining > 0

@@ -36,8 +36,8 @@ class BlockReader(Selectable, Protocol):
 class BlockSampler:
     """Block diffusion: one block after another, each completed in any order and then read once.
 
-    A row ends with the block in which it first generates EOS. The number of forward passes includes those that read a
-    finished block, and one that reads the blocks that are given.
+    A row ends with the block in which it first generates EOS, and within it there if ``within`` has ``end_at_eos``. The
+    number of forward passes includes those that read a finished block, and one that reads the blocks that are given.
 
     Args:
         within: How a block is completed; its ``num_steps`` are for each block.
@@ -107,7 +107,7 @@ class BlockSampler:
             model.read(tokens[rows, : start * block_size], block_size)
         for block in range(start, to_fill.shape[1]):
             here = slice(block * block_size, (block + 1) * block_size)
-            sample = self.within(model, tokens[rows, here], mask_id, generator)
+            sample = self.within(model, tokens[rows, here], mask_id, generator, eos_id)
             filled = masked[rows, here]
             tokens[rows, here] = sample.tokens
             reveal_step[rows, here] = torch.where(filled, nfe[rows, None] + sample.reveal_step, -1)

@@ -59,6 +59,27 @@ class Sample:
         self.reveal_step[rows] = torch.where(rest, self.nfe[rows, None] - 1, self.reveal_step[rows])
 
 
+def end_at_first_eos(xt: Tensor, answer: Tensor, mask_id: int, eos_id: int) -> Tensor:
+    """Fill what is still masked after the first EOS of an answer with EOS; nothing else changes.
+
+    Args:
+        xt: Partly masked sequences, (B, L) int64.
+        answer: True where a position is generated, (B, L) bool: an EOS that is given ends nothing.
+        mask_id: The mask token.
+        eos_id: EOS.
+
+    Returns:
+        The new xt, (B, L) int64.
+
+    Example:
+        >>> xt = torch.tensor([[0, 9, 0, 9, 5, 9]])
+        >>> end_at_first_eos(xt, torch.arange(6) > 0, mask_id=9, eos_id=0)
+        tensor([[0, 9, 0, 0, 5, 0]])
+    """
+    ended = ((xt == eos_id) & answer).cumsum(1) > 0
+    return xt.masked_fill(ended & (xt == mask_id), eos_id)
+
+
 def name_of_draw(temperature: float, top_p: float) -> list[str]:
     """Return the parts of a sampler's name that say how tokens are drawn.
 
