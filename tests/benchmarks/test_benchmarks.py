@@ -3,12 +3,14 @@
 import copy
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+
+from puma_lightning.chain.student import Sample
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -24,6 +26,7 @@ def script(name: str):
 
 published_chain, published = script("published_chain"), script("_published")
 train_step, block, sampling, data = script("train_step"), script("block"), script("sampling"), script("data")
+eos = script("eos")
 
 
 def test_script_is_a_function_of_sequence_position_and_count(published_chain):
@@ -142,3 +145,23 @@ def test_block_measures_both_sides_of_training_and_sampling(block):
         assert other["cpu"]["of_medians"] > 0
     # 24 positions after the prompt of 8, two in each pass, and a pass to read each block but the last.
     assert sampled["8"]["forward_passes"] == 12 + 3
+
+
+def test_ends_of_answers_are_told_apart(eos):
+    program = "def simple_math_problem() -> int:\n    result = 3\n    return result"
+    rows = [program + "\0\0", program, program[:-20] + "\0", program + "\nx = 1\0", program + "\0junk\0"]
+    width = max(map(len, rows)) + 1
+    tokens = torch.tensor([[7, *map(ord, row.ljust(width - 1, "\0" if "\0" in row else " "))] for row in rows])
+
+    def decode(ids, given):
+        return {"completion": "".join(map(chr, ids[1:].tolist())).split("\0")[0].rstrip(" ")}
+
+    sample = Sample(tokens, torch.zeros_like(tokens), torch.arange(5))
+    batch = {"prompt_mask": torch.arange(width).expand(5, -1) < 1, "answer": ["3"] * 5}
+    found = eos.judged(sample, batch, SimpleNamespace(decode=decode, eos_id=0))
+    assert found["right"] == [True, True, False, True, True]
+    assert found["no_eos"] == [False, True, False, False, False]
+    assert found["cut"] == [False, False, True, False, False]
+    assert found["runs_on"] == [False, False, False, True, False]
+    assert found["text_after_eos"] == [False, False, False, False, True]
+    assert found["length"][0] == found["length"][4] == len(program) and found["passes"] == [0, 1, 2, 3, 4]

@@ -341,6 +341,31 @@ def test_the_room_of_an_unknown_answer_is_generated(problems, name):
     assert torch.equal(sample["reveal_step"] >= 0, ~batch["prompt_mask"])
 
 
+@pytest.mark.parametrize("name", ["any order", "blocks"])
+def test_a_run_whose_padding_was_given_goes_on_with_it_hidden(tmp_path, problems, name):
+    """As that of version 0.2.0: sequences in its slots stay as they were, and those that follow have theirs hidden."""
+
+    def shown(items):
+        return {n: column for n, column in collate(items).items() if n != "attention_mask"}
+
+    widths = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            widths.append(real.sum(1).tolist())
+
+    saved = str(tmp_path / "saved.ckpt")
+    for collate_fn, steps, start in ((shown, 2, None), (collate, 12, saved)):
+        model = text_model(name, problems)
+        model.forward_process = ProgressiveUnmasking(3)
+        run = trainer(tmp_path, max_steps=steps, callbacks=[Watch()])
+        run.fit(model, DataLoader(problems._sets["train"], batch_size=4, collate_fn=collate_fn), ckpt_path=start)
+        run.save_checkpoint(saved)
+    assert widths[0] == widths[1] == [problems.sequence_length] * 4 and problems.sequence_length in widths[2]
+    assert max(widths[-1]) < problems.sequence_length and run.global_step == 12
+
+
 # --- backbones of one's own ---
 
 
