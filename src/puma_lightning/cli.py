@@ -22,7 +22,7 @@ from puma_lightning.callbacks import GenerationEvaluation, PredictionWriter, Ste
 from puma_lightning.data.base import DataOffer
 from puma_lightning.errors import sentence_of
 from puma_lightning.modules.base import StreamedModule
-from puma_lightning.training.checkpoints import load_checkpoint
+from puma_lightning.training.checkpoints import is_sharded, load_checkpoint
 from puma_lightning.training.lightning_internals import ConfigWinsCLI, end_launched_processes
 from puma_lightning.training.stopping import Stopped
 
@@ -257,7 +257,7 @@ def newest_checkpoint(folder: Path) -> Path:
     Raises:
         ValueError: If none has one.
     """
-    found = [path for path in folder.glob("version_*/**/*.ckpt") if path.is_file()]
+    found = [path for path in folder.glob("version_*/**/*.ckpt") if path.is_file() or is_sharded(path)]
     if not found:
         raise ValueError(
             f"ckpt_path: expected a run with a checkpoint in {folder}, to go on from its last, got none; give the "

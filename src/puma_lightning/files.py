@@ -12,7 +12,7 @@ try:
 except ImportError:  # Windows: what a dead process left there stays
     fcntl = None  # type: ignore[assignment]
 
-UNFINISHED = ".part"
+UNFINISHED, REPLACED = ".part", ".old"
 
 
 @contextmanager
@@ -48,8 +48,8 @@ def replacing_folder(path: Path, is_good: Callable[[Path], bool]) -> Iterator[Pa
             _lock(path.parent, stack)
             if path.exists() and is_good(path):
                 return
-            # A folder that is not empty can't be replaced in one step: who finds none in between makes one.
-            old = _unfinished_name(path)
+            # A full folder can't be replaced in one step: whoever comes after a kill puts the old one back.
+            old = _name_beside(path, REPLACED)
             with suppress(FileNotFoundError):
                 os.rename(path, old)
             os.rename(temporary, path)
@@ -58,9 +58,20 @@ def replacing_folder(path: Path, is_good: Callable[[Path], bool]) -> Iterator[Pa
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete what dead processes left of what they were writing into a folder; the living hold theirs locked."""
+    """Delete what dead processes left of what they were writing into a folder; the living hold theirs locked.
+
+    What one had moved away for something that it then could not put in its place is put back.
+    """
     if fcntl is None:
         return
+    for path in folder.glob(f".*{REPLACED}"):
+        with suppress(OSError), _opened(folder) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            target = path.with_name(path.name[1 : -len(f".{_unique()}{REPLACED}")])
+            if target.exists():
+                _delete(path)
+            else:
+                os.rename(path, target)
     for path in folder.glob(f".*{UNFINISHED}"):
         # Somebody else may clear it away at the same time, and a folder may be for reading only.
         with suppress(OSError), _opened(path) as handle:
@@ -75,7 +86,7 @@ def _unfinished(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
     clear_unfinished(path.parent)
     with ExitStack() as stack:
         while True:
-            temporary = _unfinished_name(path)
+            temporary = _name_beside(path, UNFINISHED)
             create(temporary)
             _lock(temporary, stack)
             if temporary.exists():  # else it looked abandoned between the last two lines
@@ -86,8 +97,12 @@ def _unfinished(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
             _delete(temporary)
 
 
-def _unfinished_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{UNFINISHED}")
+def _name_beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{_unique()}{ending}")
+
+
+def _unique() -> str:
+    return uuid.uuid4().hex[:12]
 
 
 def _create_file(path: Path) -> None:

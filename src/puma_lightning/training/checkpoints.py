@@ -1,6 +1,7 @@
 """Checkpoint files: written whole or not at all, and checked before anything is taken from them."""
 
 import os
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.strategies import Strategy
 from tqdm import tqdm
 
-from puma_lightning.files import clear_unfinished, replacing
+from puma_lightning.files import clear_unfinished, replacing, replacing_folder
+from puma_lightning.training.lightning_internals import shares_weights_out
 
 CHECKPOINT_KEY = "puma_lightning"
+_NOT_SHARDED = "meta.pt"  # where Lightning writes what is not cut into shards
 LARGE_FILE = 2**30  # bytes from which checking one takes long enough to be watched
 
 
@@ -42,11 +46,7 @@ class CheckpointFiles(TorchCheckpointIO):
             with replacing(Path(path)) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
-            earlier = "what was there before is whole" if Path(path).exists() else "nothing was there before"
-            raise OSError(
-                f"checkpoint: expected to write {path}, which failed ({_reason(error)}); {earlier}. Make room, or save "
-                "to another disk (the dirpath of ModelCheckpoint), and go on from the last checkpoint with --ckpt_path"
-            ) from error
+            raise _unwritten(path, error) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
@@ -64,6 +64,39 @@ class CheckpointFiles(TorchCheckpointIO):
         except Exception as error:
             raise _unreadable(path, error) from error
         return loaded
+
+
+def _unwritten(path: str | Path, error: Exception) -> OSError:
+    earlier = "what was there before is whole" if Path(path).exists() else "nothing was there before"
+    return OSError(
+        f"checkpoint: expected to write {path}, which failed ({_reason(error)}); {earlier}. Make room, or save "
+        "to another disk (the dirpath of ModelCheckpoint), and go on from the last checkpoint with --ckpt_path"
+    )
+
+
+class ShardedFolders:
+    """The ``save_checkpoint`` of a strategy that writes a folder, to which each process adds its shards.
+
+    The earlier folder stays until the new one is whole, as with ``CheckpointFiles``.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy, self._save = strategy, strategy.save_checkpoint
+
+    def __call__(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint, on all processes.
+
+        Raises:
+            OSError: If it could not be written. The earlier one is still there.
+        """
+        path = Path(self._strategy.broadcast(str(filepath)))
+        first = self._strategy.is_global_zero
+        try:
+            with replacing_folder(path, lambda _: False) if first else nullcontext(path) as folder:
+                self._save(checkpoint, self._strategy.broadcast(str(folder)), storage_options)
+                self._strategy.barrier()
+        except OSError as error:
+            raise _unwritten(path, error) from error
 
 
 def _is_local(path: str | Path) -> bool:
@@ -86,7 +119,10 @@ def make_saving_safe(trainer: pl.Trainer) -> None:
     Raises:
         ValueError: If there is a callback for that alone.
     """
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+    if shares_weights_out(trainer):
+        if not isinstance(trainer.strategy.save_checkpoint, ShardedFolders):
+            trainer.strategy.save_checkpoint = ShardedFolders(trainer.strategy)  # type: ignore[method-assign]
+    elif type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = CheckpointFiles()
     if trainer.world_size == 1:
         return
@@ -99,6 +135,11 @@ def make_saving_safe(trainer: pl.Trainer) -> None:
         if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
             callback.save_on_exception = False
             rank_zero_warn("save_on_exception: without effect with several processes; the last checkpoint is kept")
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Tell whether a checkpoint is a folder of shards, which only the strategy that wrote them can put together."""
+    return (Path(path) / _NOT_SHARDED).is_file()
 
 
 def check_sums(path: str | Path) -> None:
@@ -143,18 +184,21 @@ def latest_checkpoint(trainer: pl.Trainer) -> Path | None:
         Path(path)
         for callback in trainer.checkpoint_callbacks
         for path in (getattr(callback, "last_model_path", ""), getattr(callback, "best_model_path", ""))
-        if path and Path(path).is_file()
+        if path and Path(path).exists()
     ]
-    resumed_from = Path(trainer.ckpt_path) if trainer.ckpt_path and Path(trainer.ckpt_path).is_file() else None
+    resumed_from = Path(trainer.ckpt_path) if trainer.ckpt_path and Path(trainer.ckpt_path).exists() else None
     return max(paths, key=lambda path: path.stat().st_mtime, default=resumed_from)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint on the CPU, without running any code in it.
+    """Read a Lightning checkpoint on the CPU, without running any code in it; of a sharded one all but the weights.
 
     Raises:
         ValueError: If the file is missing, truncated, damaged or not a Lightning checkpoint.
     """
+    clear_unfinished(Path(path).parent)
+    if is_sharded(path):
+        path = Path(path) / _NOT_SHARDED
     if not Path(path).is_file():
         raise ValueError(f"ckpt_path: expected a checkpoint, found no file at {path}; check the path")
     check_sums(path)
@@ -162,6 +206,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise _unreadable(path, error) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or ("state_dict" not in checkpoint and Path(path).name != _NOT_SHARDED):
         raise ValueError(f"{path}: expected a Lightning checkpoint, got a file without a state_dict; check the path")
     return checkpoint

@@ -16,6 +16,7 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage as EvaluationSt
 from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as TrainingStage
 from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 
@@ -130,6 +131,20 @@ def unlogged_metrics(trainer: pl.Trainer) -> dict[str, Any] | None:
 def log_metrics(trainer: pl.Trainer, metrics: dict[str, Any]) -> None:
     """Log as Lightning would have done, when a run is resumed."""
     trainer._logger_connector.log_metrics(metrics)
+
+
+def shares_weights_out(trainer: pl.Trainer) -> bool:
+    """Tell whether no process has all weights, and checkpoints are folders to which each adds its own."""
+    strategy: Any = trainer.strategy
+    return bool(
+        (isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint)
+        or (isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded")
+    )
+
+
+def loads_weights_in_place(trainer: pl.Trainer) -> bool:
+    """Tell whether the strategy has put the weights of a checkpoint into the module when a module is told of it."""
+    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
 
 
 def let_children_end(trainer: pl.Trainer) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from puma_lightning.training.checkpoints import CHECKPOINT_KEY, latest_checkpoint
 from puma_lightning.training.finite import first_non_finite, first_non_finite_in, refuse_non_finite
@@ -112,7 +113,7 @@ class ExactResume:
                     "are not in the checkpoint, and a resumed run will differ"
                 )
             return None
-        return {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
+        return {name: _part(p.grad).cpu() for name, p in module.named_parameters() if p.grad is not None}
 
     def load(self, module: "StreamedModule", checkpoint: dict[str, Any]) -> None:
         """Keep what a checkpoint holds until the stream exists."""
@@ -151,7 +152,7 @@ class ExactResume:
             gradients = self._waiting_gradients(module.global_rank, module.trainer.world_size)
             for name, parameter in module.named_parameters():
                 if gradients and name in gradients:
-                    parameter.grad = gradients[name].to(parameter)
+                    parameter.grad = _like(parameter, gradients[name])
         self._waiting = None
 
     def _waiting_gradients(self, rank: int, ranks: int) -> dict[str, Tensor] | None:
@@ -165,3 +166,17 @@ class ExactResume:
         names = {name for gradients in given for name in gradients}
         mean = {name: sum(g[name] for g in given if name in g) / len(saved) for name in sorted(names)}
         return cast(dict[str, Tensor], mean) or None
+
+
+def _part(gradient: Tensor) -> Tensor:
+    """Return what this process holds of a gradient that processes may share."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _like(parameter: Tensor, part: Tensor) -> Tensor:
+    """Return a part of a gradient as the gradient of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return part.to(parameter)
+    part = part.to(parameter.to_local())
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from puma_lightning.data.base import offer_of
 from puma_lightning.models.qwen2 import read_qwen2
-from puma_lightning.training.checkpoints import CHECKPOINT_KEY, load_checkpoint
+from puma_lightning.training.checkpoints import CHECKPOINT_KEY, is_sharded, load_checkpoint
 from puma_lightning.training.finite import first_non_finite_in
-from puma_lightning.training.lightning_internals import trainer_of
+from puma_lightning.training.lightning_internals import loads_weights_in_place, trainer_of
 
 if TYPE_CHECKING:
     from puma_lightning.modules.base import StreamedModule
@@ -89,8 +89,10 @@ def check_checkpoint(module: "StreamedModule", checkpoint: dict[str, Any]) -> No
             f"ckpt_path: expected a checkpoint of {expected}, which {type(module).__name__} is, got one of {got}; use "
             "the class that the checkpoint was saved from, or start from its weights with init_from"
         )
+    trainer = trainer_of(module)
     if module.strict_loading:
-        check_weights(module, checkpoint.get("state_dict", {}), "the checkpoint")
+        if trainer is None or not loads_weights_in_place(trainer):
+            check_weights(module, checkpoint.get("state_dict", {}), "the checkpoint")
         check_facts(facts_of(module), checkpoint.get(CHECKPOINT_KEY, {}).get("facts", {}), "the checkpoint")
     check_numbers(module, checkpoint, "the checkpoint")
 
@@ -131,6 +133,11 @@ def read_weights(path: str) -> Weights:
     Raises:
         ValueError: If there is nothing there, or it cannot be read.
     """
+    if is_sharded(path):
+        raise ValueError(
+            f"init_from: expected a checkpoint in one file, got shards of one in {path}; put them together with "
+            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
     if Path(path).is_file() or path.endswith(".ckpt"):
         checkpoint = load_checkpoint(path)
         facts = checkpoint.get(CHECKPOINT_KEY, {}).get("facts", {})
