@@ -851,7 +851,7 @@ def test_another_number_of_ranks_takes_every_sequence_of_a_pass_once(
     shapes, steps, threshold, kind, block_size, baseline
 ):
     """Those in the slots go on or wait, those taken are not taken again, all others are; however often it changes."""
-    size = 300
+    size = 1000  # more than can be taken in a pass
     process = RandomMasking() if baseline else ProgressiveUnmasking([[0, 2], [3, 4]], threshold=threshold)
     taken: set[int] = set()
     snapshots: list[Any] = []
