@@ -179,6 +179,21 @@ def test_a_config_finds_its_parts_from_anywhere_and_they_can_be_overridden(parse
     assert got == expected
 
 
+@pytest.mark.parametrize(
+    "given",
+    [["--model.init_args.forward_process.init_args.threshold", "null"], ["--model.forward_process.threshold=null"]],
+)
+def test_null_can_be_given_for_what_is_deep_in_a_config(given, capsys):
+    """As for what is not."""
+    config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    config["model"]["init_args"]["forward_process"]["init_args"]["threshold"] = 0.9
+    Path("mine.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "mine.yaml", *given, "--model.init_args.scheduler=null", "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert settings["forward_process"]["init_args"]["threshold"] is None and settings["scheduler"] is None
+
+
 def test_fit_leaves_everything_a_user_needs(capsys):
     folder = fit()
     for name in ("config.yaml", "metrics.csv", "unmasking_order.png", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):

@@ -35,6 +35,18 @@ TRACEBACK = "PUMA_TRACEBACK"  # an environment variable: 1 shows where an error 
 _GRACE = 3.0  # seconds in which the first process says what all would say, and ends the others
 
 
+class PumaArgumentParser(LightningArgumentParser):
+    """A parser that takes null for an argument of a class within a class."""
+
+    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
+        """Parse arguments; see jsonargparse."""
+        if args is not None and not self.exit_on_error:
+            # The parser of a class within a class. jsonargparse (4.51 to 4.53) has read the null, and hands it on as
+            # Python prints it, which is a text.
+            args = [re.sub(r"=None\Z", "=null", each) for each in args]
+        return super().parse_args(args, *more, **options)
+
+
 class PumaCLI(ConfigWinsCLI):
     """LightningCLI with the links between data and model, a name for every run, and errors in a sentence."""
 
@@ -291,6 +303,7 @@ def main(args: ArgsType = None) -> None:
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            parser_class=PumaArgumentParser,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"version": puma_lightning.__version__},
             args=args,

@@ -455,6 +455,12 @@ def test_trainer_options_that_work_on_loaders_are_refused(options):
     refused(model(), next(iter(options)), **options)
 
 
+@pytest.mark.parametrize("option", ["accumulate_grad_batches", "val_check_interval"])
+def test_a_number_of_batches_that_is_zero_is_refused(option):
+    """Lightning divides by it."""
+    refused(model(), rf"{option}: expected at least one batch, got 0; ", **{option: 0})
+
+
 # --- a loss that is not finite ---
 
 

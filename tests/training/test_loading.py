@@ -1,4 +1,4 @@
-"""``overfit_batches``: the chains are fed the first batches alone, in their order, again and again."""
+"""What a train loader may be. With ``overfit_batches`` the chains are fed the first batches alone, again and again."""
 
 from functools import partial
 from typing import Any
@@ -165,3 +165,53 @@ def test_a_share_that_is_no_batch_is_refused(overfit, data, said):
     """In our words: Lightning would speak of limit_train_batches."""
     with pytest.raises(ValueError, match=said):
         fit(overfit, data)
+
+
+# --- loaders that give nothing ---
+
+
+class Stops(Rows):
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return next(iter([])) if i == 7 else row(i)
+
+
+def nothing(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {"input_ids": torch.zeros(0, LENGTH, dtype=torch.long)}
+
+
+def only_the_last(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    kept = [each["input_ids"] for each in rows if int(each["input_ids"] @ PLACES) == SIZE - 1]
+    return {"input_ids": torch.stack(kept)} if kept else nothing(rows)
+
+
+class Some(Endless):
+    def __iter__(self):
+        return (row(i) for i in range(6))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("dataset", "collate", "said"),
+    [
+        (Rows, nothing, r"got none from a whole pass over Rows \(11 batches\); check its collate_fn"),
+        (Some, nothing, r"expected sequences, got none from Some; check its __iter__, and the collate_fn"),
+        (Stops, None, r"expected an example for every index, got StopIteration from Stops"),
+    ],
+)
+def test_a_loader_that_would_give_nothing_for_ever_is_refused(dataset, collate, said, workers):
+    """After one pass; and one whose data set ends the loader by accident."""
+    supply = CleanSequences(DataLoader(dataset(), BATCH, num_workers=workers, collate_fn=collate), MASK, V)
+    with pytest.raises(ValueError, match=said):
+        supply.take(2 * BATCH)
+
+
+def test_a_loader_that_seldom_gives_something_is_waited_for():
+    """It has something in every pass."""
+    supply = CleanSequences(DataLoader(Rows(), BATCH, collate_fn=only_the_last), MASK, V)
+    assert names(supply.take(3)["input_ids"]) == [SIZE - 1] * 3
+
+
+def test_a_timeout_without_workers_is_refused():
+    """PyTorch asserts that there is none."""
+    with pytest.raises(ValueError, match=r"train_dataloader: expected no timeout without workers, got timeout=3"):
+        CleanSequences(DataLoader(Rows(), BATCH, timeout=3), MASK, V)

@@ -168,10 +168,10 @@ def read(
             slices, batch_size=None, collate_fn=_unchanged, generator=generator, **options
         )
         for item in filter(None, loader):
-            empty_passes = 0
             worker, number, state, rows = item
             batch = check(rows)
             size = len(batch["input_ids"])
+            empty_passes = 0 if size else empty_passes
             first = base["read"] + since
             since += size
             told = state is not None
@@ -188,7 +188,8 @@ def read(
         if told or hasattr(dataset, "set_epoch"):
             base, since = here, 0
     raise ValueError(
-        f"train_dataloader: expected sequences, got none from {type(dataset).__name__}; check its __iter__"
+        f"train_dataloader: expected sequences, got none from {type(dataset).__name__}; check its __iter__, and "
+        "the collate_fn"
     )
 
 

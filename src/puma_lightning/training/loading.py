@@ -28,7 +28,7 @@ class StreamLoading:
         """Have Lightning iterate a stream instead of the user's train loader.
 
         Raises:
-            ValueError: If an option of the Trainer works on loaders only.
+            ValueError: If an option of the Trainer works on loaders only, or would be divided by and is 0.
         """
         trainer = module.trainer
         if value := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
@@ -36,6 +36,12 @@ class StreamLoading:
                 "reload_dataloaders_every_n_epochs: expected 0, as it works on loaders, which the stream of chains "
                 f"replaces, got {value}; leave it out and choose the sequences in the DataModule"
             )
+        for option, instead in (
+            ("accumulate_grad_batches", "leave it out for an update after every batch"),
+            ("val_check_interval", "leave it out, or set limit_val_batches to 0 for no validation"),
+        ):
+            if getattr(trainer, option) == 0:
+                raise ValueError(f"{option}: expected at least one batch, got 0; {instead}")
         self._random_before = torch.get_rng_state()
         # The stream is resumable: its state is in the module's part of the checkpoint.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")

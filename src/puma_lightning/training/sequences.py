@@ -117,6 +117,11 @@ class CleanSequences:
         if self._dealt_out and self.num_sequences is not None:
             self.num_sequences *= world_size
         self._workers = loader.num_workers
+        if loader.timeout and not loader.num_workers:
+            raise ValueError(
+                f"train_dataloader: expected no timeout without workers, got timeout={loader.timeout} and "
+                "num_workers=0; leave it out, or set num_workers"
+            )
         self._parts = 1
         if self._iterable:
             self._dealt_out = is_split(loader.dataset)
@@ -382,7 +387,8 @@ class CleanSequences:
                 generator=torch.Generator().manual_seed(seed),
                 **options,
             )
-            return ((check(batch), None) for batch in loader)
+            in_a_pass = -(-len(self._sampler) // (shards * self.batch_size))
+            return _with_rows(((check(batch), None) for batch in loader), in_a_pass, type(old.dataset).__name__)
         place, taken = self._place, self.position + _size(self._rest)
         if self._keeps_first:
             taken = 0
@@ -404,6 +410,23 @@ class CleanSequences:
 
 def _checked(batch: Any, **limits: Any) -> Batch:
     return padding_last(check_batch(batch, **limits))
+
+
+def _with_rows(batches: Iterator[tuple[Batch, None]], in_a_pass: int, name: str) -> Iterator[tuple[Batch, None]]:
+    """Go on for ever, unless a whole pass has no sequence in it."""
+    empty = 0
+    for batch, place in batches:
+        empty = 0 if _size(batch) else empty + 1
+        if empty > in_a_pass:
+            raise ValueError(
+                f"train_dataloader: expected sequences, got none from a whole pass over {name} ({in_a_pass} batches); "
+                "check its collate_fn, which returns empty batches"
+            )
+        yield batch, place
+    raise ValueError(
+        f"train_dataloader: expected an example for every index, got StopIteration from {name}; have its __getitem__ "
+        "return one, or raise IndexError"
+    )
 
 
 def _share_of(
