@@ -352,3 +352,17 @@ def test_an_inexact_checkpoint_does_not_take_the_place_of_an_exact_one(tmp_path)
     with pytest.warns(UserWarning, match="no checkpoint saved.*optimizer's step"), pytest.raises(RuntimeError):
         trainer(Fail(), save).fit(module(), loader())
     assert everything_in(tmp_path / "last.ckpt")["global_step"] == 2
+
+
+@pytest.mark.parametrize("function", ["fit", "validate"])
+def test_a_last_checkpoint_that_is_not_there_is_refused(tmp_path, function):
+    """Lightning would begin at step 0, or judge the weights that there are."""
+    save = ModelCheckpoint(tmp_path / "saved", save_last=True, every_n_train_steps=2)
+    run = trainer(save, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"ckpt_path: expected a last checkpoint in .*, found none; give the path"):
+        getattr(run, function)(module(), loader(), ckpt_path="last")
+    assert run.global_step == 0
+    run.fit(module(), loader())
+    again = trainer(save, default_root_dir=tmp_path, max_steps=7)
+    again.fit(module(), loader(), ckpt_path="last")
+    assert again.global_step == 7 and torch.load(tmp_path / "saved/last.ckpt", weights_only=True)["global_step"] == 6

@@ -21,6 +21,7 @@ from puma_lightning.training.lightning_internals import (
     count_step_once,
     is_made_by_command_line,
     keep_double_precision,
+    refuse_missing_last,
     set_accumulation,
     trainer_of,
 )
@@ -100,7 +101,24 @@ class StreamedModule(pl.LightningModule):
         state.pop("stream", None)
         return state
 
+    @property
+    def trainer(self) -> pl.Trainer:
+        """The Trainer; see Lightning."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        if isinstance(trainer, pl.Trainer):
+            refuse_missing_last(trainer)  # which has not looked for a checkpoint yet
+
     # Data ---------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Add none. It is the first thing that a Trainer asks, before it opens logs."""
+        if self.trainer.state.fn == "fit":
+            self.resume.rows.open(self.trainer)
+        return []
 
     def setup(self, stage: str) -> None:
         """Make checkpoints safe; put the stream between Lightning and the user's train loader."""

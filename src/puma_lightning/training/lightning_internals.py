@@ -12,6 +12,7 @@ from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loops.evaluation_loop import RestartStage as EvaluationStage
 from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as TrainingStage
@@ -29,6 +30,25 @@ def is_made_by_command_line() -> bool:
 def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
     """Return the Trainer of a module; None without one, where ``module.trainer`` raises."""
     return module._trainer
+
+
+def refuse_missing_last(trainer: pl.Trainer) -> None:
+    """Have a Trainer that is asked to go on from the last checkpoint refuse to begin at step 0 if there is none."""
+    connector = trainer._checkpoint_connector
+    select = connector._select_ckpt_path
+
+    def selected(fn: Any, ckpt_path: Any, *more: Any, **options: Any) -> Any:
+        found = select(fn, ckpt_path, *more, **options)
+        if ckpt_path == "last" and found is None:
+            raise ValueError(
+                f"ckpt_path: expected a last checkpoint in {trainer.default_root_dir} or the folder of a "
+                "ModelCheckpoint, found none; give the path of one, or leave it out to begin a new run"
+            )
+        return found
+
+    if not hasattr(select, "refuses"):
+        selected.refuses = True  # type: ignore[attr-defined]
+        connector._select_ckpt_path = selected  # type: ignore[method-assign, assignment]
 
 
 def wrap_train_loader(trainer: pl.Trainer, wrap: Callable[[Any], Any]) -> None:
@@ -151,6 +171,22 @@ def let_children_end(trainer: pl.Trainer) -> None:
     """Have the process that started the others not be killed because one of them has ended before it."""
     # The thread that watches them shares this list.
     getattr(trainer.strategy.launcher, "procs", []).clear()
+
+
+def is_csv_open(logger: CSVLogger) -> bool:
+    """Tell whether a logger has begun its file; it deletes an older one when it does."""
+    return logger._experiment is not None
+
+
+def csv_columns(logger: CSVLogger) -> list[str]:
+    """Return the columns of a logger's file, as the logger knows them."""
+    columns: list[str] = logger.experiment.metrics_keys
+    return columns
+
+
+def next_logged_step(trainer: pl.Trainer) -> int:
+    """Return the step that the next row of a log has."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def forget_sigterm(trainer: pl.Trainer) -> None:

@@ -13,9 +13,11 @@ from puma_lightning.training.lightning_internals import (
     is_in_accumulation_window,
     is_in_step,
     log_metrics,
+    next_logged_step,
     rescale_epoch,
     unlogged_metrics,
 )
+from puma_lightning.training.logs import KeptRows
 from puma_lightning.training.stream import Stream, check_same
 from puma_lightning.training.weights import facts_of
 
@@ -32,6 +34,8 @@ class ExactResume:
     def __init__(self) -> None:
         self._waiting: list[dict[str, Any]] | None = None  # what the checkpoint holds, by rank
         self._unlogged: dict[str, float] | None = None
+        self._rows: list[int] | None = None
+        self.rows = KeptRows()
         self._backward_at = self._optimizer_at = -1
 
     def note_backward(self, stream: Stream) -> None:
@@ -77,9 +81,8 @@ class ExactResume:
             "ranks": states,
             "facts": facts_of(module),
             "unlogged": unlogged_metrics(trainer),
+            "rows": self.rows.count(trainer),
         }
-        for logger in trainer.loggers:
-            logger.save()  # what was logged before a checkpoint is not lost by a kill after it
         if interrupted and trainer.world_size > 1:
             kept["ranks"] = []  # one process knows its own chains alone
         if problem:
@@ -123,6 +126,7 @@ class ExactResume:
             return
         self._waiting = saved["ranks"]
         self._unlogged = saved.get("unlogged")
+        self._rows = saved.get("rows")
 
     def restore_stream(self, stream: Stream) -> None:
         """Put the stream of this rank back, if a checkpoint has been loaded.
@@ -140,6 +144,10 @@ class ExactResume:
 
     def restore_gradients(self, module: "StreamedModule") -> None:
         """Put the gradients back, log what was still to be logged, and go on in the epoch; nothing waits any more."""
+        if self._waiting is not None:
+            self.rows.cut(module.trainer, self._rows, next_logged_step(module.trainer))
+        else:
+            self.rows.begin_anew()
         if self._unlogged is not None:
             log_metrics(module.trainer, self._unlogged)
             self._unlogged = None
