@@ -86,9 +86,10 @@ class TextDataModule(pl.LightningDataModule):
         packing: True: rows follow each other, with EOS between them, and are cut into sequences of L - 1 tokens after
             an EOS that is given. False: each row is a sequence of its own, cut to L if longer.
         padding: What is trained on after the text, without packing. ``eos``: all remaining positions, which are EOS.
-            ``first_eos``: the first EOS; the others are given, so a bidirectional model can see where the text ends.
-            ``none``: nothing, not even EOS: what follows is padding, of which an ``attention_mask`` tells. No model
-            then learns to end, and one that fills in any order still knows from the masks how long the answer is.
+            ``first_eos``: the first EOS; the others are given. ``none``: nothing, not even EOS: what follows is
+            padding, of which an ``attention_mask`` tells, and no model learns to end. With either, a model that fills
+            in any order knows in training how long the text is, does not learn to end it, and fills all the room there
+            is when it generates: take ``eos`` for one.
         num_train: Train on this many rows at most; null for all.
         num_val: Number of rows held out (null: a tenth, 1,000 at most), or read this many of ``val_file`` at most
             (null: all).

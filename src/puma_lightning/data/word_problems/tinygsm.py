@@ -43,10 +43,10 @@ class TinyGSMDataModule(TextDataModule):
             ``<|im_start|>`` of ``Qwen/Qwen2-0.5B``.)
         sequence_length: L, in tokens. A longer row keeps its first L - 1 tokens, and EOS after them.
         padding: What is trained on after the program. ``eos``: all remaining positions, which are EOS, as in the paper.
-            ``first_eos``: the first EOS; the rest of the sequence is EOS marked as given, so a bidirectional model can
-            see where the answer ends. ``none``: nothing, not even EOS: what follows is padding, of which an
-            ``attention_mask`` tells. No model then learns to end, and one that fills in any order still knows from the
-            masks how long the answer is.
+            ``first_eos``: the first EOS; the rest of the sequence is EOS marked as given. ``none``: nothing, not even
+            EOS: what follows is padding, of which an ``attention_mask`` tells, and no model learns to end. With either,
+            a model that fills in any order knows in training how long the answer is, does not learn to end it, and
+            fills all the room there is when it generates: take ``eos`` for one.
         min_answer_length: Skip rows with fewer positions to train on.
         num_train: Train on this many rows at most; null for all.
         num_val: Number of rows held out (null: a tenth, 1,000 at most), or read this many of ``val_file`` at most
