@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import default_collate
 
 from puma_lightning.data.batch import _warn_of_key, check_batch, pad_collate, padding_last
 
@@ -117,6 +118,12 @@ def test_the_first_position_that_is_there_must_be_given_to_a_shifted_model():
     check({"input_ids": IDS, "attention_mask": REAL, "prompt_mask": prompt}, first_given=True)
     with pytest.raises(ValueError, match="position 0 to be given"):
         check({"input_ids": IDS, "attention_mask": REAL, "prompt_mask": prompt.roll(-1, 1)}, first_given=True)
+
+
+def test_lists_that_torch_has_collated_by_position_are_told_what_to_do():
+    """As of a datasets.Dataset without a format."""
+    with pytest.raises(ValueError, match=r"input_ids: expected a tensor.*got a list.*with_format.*pad_collate"):
+        check(default_collate([{"input_ids": row.tolist()} for row in IDS]))
 
 
 @pytest.mark.parametrize("kind", [list, torch.tensor, lambda ids: torch.tensor(ids).numpy()])

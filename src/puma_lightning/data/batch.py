@@ -77,7 +77,13 @@ def check_batch(
     Raises:
         ValueError: If the batch has another form, or holds what no model can be trained on.
     """
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+    if isinstance(batch, Mapping) and "input_ids" in batch and not isinstance(batch["input_ids"], Tensor):
+        raise ValueError(
+            f"input_ids: expected a tensor (B, L) of integers, got a {type(batch['input_ids']).__name__}, as examples "
+            'that are lists become; give a datasets.Dataset with_format("torch"), or the DataLoader '
+            "collate_fn=puma_lightning.pad_collate"
+        )
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
         got = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
             f'batch: expected a batch {{"input_ids": (B, L) int64, "prompt_mask": (B, L) bool}}, got {got}; '
