@@ -105,6 +105,31 @@ CASES = {
 }  # fmt: skip
 
 
+# What the Trainer and the optimizer refuse.
+OF_OTHERS = {
+    "a setting": ({}, ["--trainer.max_steps=-5"], "`max_steps` must be a non-negative integer or -1"),
+    "an interval": ({}, ["--trainer.val_check_interval=10000"], "`val_check_interval` (10000) must be less than"),
+    "a checkpoint": ({}, ["--ckpt_path=best"], '`.fit(ckpt_path="best")` is set but'),
+    "a last checkpoint": ({}, ["--ckpt_path=last"], "ckpt_path: expected a last checkpoint in"),
+    "an algorithm": ({}, ["--trainer.gradient_clip_algorithm=norn"], "`gradient_clip_algorithm` norn is invalid"),
+    "a rate": (
+        {}, ["--model.init_args.optimizer={class_path: torch.optim.AdamW, init_args: {lr: -1.0}}"],
+        "optimizer: expected settings that it takes, got others: Invalid learning rate: -1.0; correct them",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OF_OTHERS)
+def test_what_the_trainer_or_the_optimizer_refuses_is_one_sentence_too(case, capfd):
+    """In their words."""
+    data, options, said = OF_OTHERS[case]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *configured(**data), *options])
+    error = capfd.readouterr().err
+    assert ended.value.code == 1 and "Traceback" not in error
+    assert error.rstrip().splitlines()[-1].startswith(f"puma: error: {said}")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_refused_is_one_sentence(case, capfd):
     """While Lightning sets up, before training, in it, in validation, and in another process."""

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -30,6 +32,7 @@ from puma_lightning.training.stopping import Stopped
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 SPECIAL_CHECKPOINTS = ("best", "last", "hpc", "registry")
+LIGHTNING = str(Path(lightning.__file__).parent)
 RUNS = "runs"  # the folder of all runs
 TRACEBACK = "PUMA_TRACEBACK"  # an environment variable: 1 shows where an error comes from
 _GRACE = 3.0  # seconds in which the first process says what all would say, and ends the others
@@ -51,7 +54,7 @@ class PumaCLI(ConfigWinsCLI):
     """LightningCLI with the links between data and model, a name for every run, and errors in a sentence."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Run the command. What this package refuses ends it in a sentence; any other error is a traceback.
+        """Run the command. What this package or the Trainer refuses ends it in a sentence; other errors are tracebacks.
 
         Raises:
             SystemExit: Then: with 2 if an argument is at fault, as for an unknown one, and with 1 later.
@@ -60,10 +63,12 @@ class PumaCLI(ConfigWinsCLI):
             super().__init__(*args, **kwargs)
         except Exception as error:
             sentence = sentence_of(error)
+            if sentence is None and isinstance(error, ValueError | MisconfigurationException):
+                sentence = sentence_of(error, LIGHTNING)  # the Trainer refuses settings by these two
             if sentence is None:
                 raise
             _show_traceback()
-            _say(sentence)
+            _say(sentence.strip())
             if hasattr(self, "trainer"):
                 end_launched_processes(self.trainer)
             raise SystemExit(1) from error

@@ -3,6 +3,8 @@
 import copy
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,3 +213,52 @@ def test_the_command_that_goes_on_is_the_one_that_began(given):
     """With another checkpoint, and quoted for a shell."""
     command = resume_command(["fit", *given, "--config", "my runs/a.yaml"], Path("runs/a b/last.ckpt"))
     assert command == "puma fit --config 'my runs/a.yaml' --ckpt_path 'runs/a b/last.ckpt'"
+
+
+# --- several processes, however they are started ---
+
+SCRIPT = """
+import sys
+from functools import partial
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+from puma_lightning import MaskedDiffusion, TransformerBackbone
+
+if __name__ == "__main__":
+    pl.seed_everything(0)
+    x0 = torch.randint(5, (24, 8), generator=torch.Generator().manual_seed(0))
+    loader = DataLoader([{"input_ids": row} for row in x0], 2)
+    optimizer = {} if sys.argv[2:] else {"optimizer": partial(torch.optim.AdamW, lr=1e-3)}
+    module = MaskedDiffusion(TransformerBackbone(6, 16, 16, num_layers=1, num_heads=2), 5, **optimizer)
+    for times in range(2):  # a second fit prepares the exchange anew
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=2, strategy=sys.argv[1], max_steps=6, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )
+        trainer.fit(module, loader, loader)
+    if trainer.is_global_zero:
+        print("weights", sum(weight.double().sum().item() for weight in module.state_dict().values()))
+"""
+
+
+@pytest.mark.slow
+def test_processes_may_be_started_in_any_way(tmp_path):
+    """By a launcher, spawned, or forked: the exchange of signals is over before any of them ends."""
+    (tmp_path / "run.py").write_text(SCRIPT)
+    said = {}
+    for strategy in ("ddp", "ddp_spawn", "ddp_notebook"):
+        command = [sys.executable, str(tmp_path / "run.py"), strategy]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+        assert done.returncode == 0, f"{strategy}: {done.stderr[-3000:]}"
+        said[strategy] = [line for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert said["ddp_spawn"] == said["ddp_notebook"] and len(said["ddp"]) == 1
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_cannot_be_sent_to_a_spawned_process_is_refused(tmp_path):
+    """Such as the default one, a lambda; the error says what can."""
+    (tmp_path / "run.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "run.py"), "ddp_spawn", "default"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert "ValueError: optimizer: expected one that spawned processes can be given" in done.stderr, done.stderr

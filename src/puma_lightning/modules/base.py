@@ -219,6 +219,7 @@ class StreamedModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Look at the losses since the last look, and at what they led to."""
+        self.stopping.disconnect()
         self.finite.stop_if_not(self.trainer)
         check_finite_weights(self, self.trainer)
 

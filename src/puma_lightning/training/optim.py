@@ -1,10 +1,14 @@
 """The optimizer of a run: its learning-rate schedule, and clipping."""
 
 import math
+import pickle
 from collections.abc import Iterable
+from multiprocessing.context import get_spawning_popen
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -12,6 +16,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from puma_lightning.errors import sentence_of
 
 
 class WarmupCosine(LRScheduler):
@@ -86,13 +92,32 @@ class Optimization:
         self.optimizer = optimizer
         self.scheduler = scheduler
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be sent to a spawned process, if it is made of what cannot be; copies hold anything.
+
+        Raises:
+            ValueError: Then.
+        """
+        if get_spawning_popen() is not None:
+            for name in ("optimizer", "scheduler"):
+                _check_pickles(name, getattr(self, name))
+        return vars(self)
+
     def configure(self, parameters: Iterable[nn.Parameter], trainer: pl.Trainer) -> OptimizerLRScheduler:
         """Make optimizer and scheduler, in the form that Lightning wants.
 
         Raises:
-            ValueError: If gradients could not be clipped, or the schedule has no end.
+            ValueError: If the optimizer refuses its settings, gradients could not be clipped, or the schedule has no
+                end.
         """
-        optimizer = self.optimizer(parameters)
+        try:
+            optimizer = self.optimizer(parameters)
+        except ValueError as error:
+            if (reason := sentence_of(error, str(Path(torch.__file__).parent))) is None:
+                raise
+            raise ValueError(
+                f"optimizer: expected settings that it takes, got others: {reason}; correct them"
+            ) from error
         scaled = trainer.precision == "16-mixed" and trainer.gradient_clip_val
         if scaled and any(group.get("fused") for group in optimizer.param_groups):
             raise ValueError(
@@ -112,6 +137,17 @@ class Optimization:
                 )
             scheduler.set_total_steps(int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _check_pickles(name: str, function: Any) -> None:
+    try:
+        pickle.dumps(function)
+    except Exception as error:  # whatever an object raises that cannot be pickled
+        raise ValueError(
+            f"{name}: expected one that spawned processes can be given, got {function!r}, which is defined within "
+            "another function or has no name, as the default one; give functools.partial(torch.optim.AdamW, lr=3e-4) "
+            "or a function of a module, or use strategy 'ddp', in a notebook 'ddp_notebook'"
+        ) from error
 
 
 def clip_unscaled(trainer: pl.Trainer, optimizer: Optimizer, clip_val: float | None, algorithm: str | None) -> bool:

@@ -100,6 +100,17 @@ class GracefulStop:
         if trainer.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
 
+    def disconnect(self) -> None:
+        """Take the last answer, and end the exchange. To be called on all processes, where training ends.
+
+        A process that left the answer to its exit could abort, or have another one abort, which waits for it.
+        """
+        if self._pending is not None:
+            self._pending[0].wait()
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
+        self._group = self._pending = None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             self.end()
@@ -163,6 +174,7 @@ class GracefulStop:
         else:
             rank_zero_info(f"Ended by {name} after {steps}. Go on with --ckpt_path {path} (fit(..., ckpt_path=...)).")
         self.end()
+        self.disconnect()
         raise Stopped(number, path)
 
 
