@@ -25,7 +25,7 @@ from puma_lightning.data.base import DataOffer
 from puma_lightning.errors import sentence_of
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.training.checkpoints import is_sharded, load_checkpoint
-from puma_lightning.training.lightning_internals import ConfigWinsCLI, end_launched_processes
+from puma_lightning.training.lightning_internals import ConfigWinsCLI, end_launched_processes, trains_elsewhere
 from puma_lightning.training.stopping import Stopped
 
 # Lightning's own command line calls these; its users can do nothing about it.
@@ -178,7 +178,8 @@ class PumaCLI(ConfigWinsCLI):
         folder = trainer.log_dir  # asks all ranks, so it must not be left to rank 0
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        lines = [f"\nTrained for {trainer.global_step:,} optimizer steps."]
+        steps = "" if trains_elsewhere(trainer) else f" for {trainer.global_step:,} optimizer steps"
+        lines = [f"\nTrained{steps}."]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GenerationEvaluation):
                 lines += [f"  {line}" for line in callback.summary]

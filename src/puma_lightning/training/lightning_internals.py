@@ -18,7 +18,7 @@ from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as TrainingStage
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 
 
@@ -203,6 +203,11 @@ def end_launched_processes(trainer: pl.Trainer) -> None:
     """End the processes that a Trainer has started to train with, which would wait for this one."""
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def trains_elsewhere(trainer: pl.Trainer) -> bool:
+    """Tell whether a run is in spawned or forked processes, which bring back weights and no counts."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def keep_double_precision(trainer: pl.Trainer, module: pl.LightningModule) -> None:

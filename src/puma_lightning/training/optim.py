@@ -144,9 +144,8 @@ def _check_pickles(name: str, function: Any) -> None:
         pickle.dumps(function)
     except Exception as error:  # whatever an object raises that cannot be pickled
         raise ValueError(
-            f"{name}: expected one that spawned processes can be given, got {function!r}, which is defined within "
-            "another function or has no name, as the default one; give functools.partial(torch.optim.AdamW, lr=3e-4) "
-            "or a function of a module, or use strategy 'ddp', in a notebook 'ddp_notebook'"
+            f"{name}: expected one that spawned processes can be given, got one that cannot be pickled ({error}); use "
+            "strategy 'ddp', in a notebook 'ddp_notebook', or give functools.partial(torch.optim.AdamW, lr=3e-4)"
         ) from error
 
 
