@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -48,10 +48,11 @@ def run(folder: Path, steps: int = 16, ckpt: Any = None, **logger: Any) -> Path:
     module = MaskedDiffusion(Backbone(), MASK, process, optimizer=optimizer, scheduler=None)
     save = ModelCheckpoint(folder / "saved", filename="{step}", every_n_train_steps=1, save_top_k=-1, save_last=True)
     after = ModelCheckpoint(folder / "saved", filename="validated-{step}", save_top_k=-1)
+    average = EMAWeightAveraging(use_buffers=False, decay=0.9)
     log = CSVLogger(folder, **{"name": "logs", "version": 0, "flush_logs_every_n_steps": 3, **logger})
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, val_check_interval=4, log_every_n_steps=2, num_sanity_val_steps=0,
-        logger=log, callbacks=[Late(), save, after], enable_progress_bar=False, enable_model_summary=False,
+        logger=log, callbacks=[Late(), average, save, after], enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, loader, loader, ckpt_path=ckpt)
     return Path(log.log_dir, "metrics.csv")

@@ -22,6 +22,9 @@ class KeptRows:
     def __init__(self) -> None:
         self._opened: list[tuple[CSVLogger, Path]] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeptRows, ()  # files belong to a run, not to copies of a module, as EMA makes one
+
     def open(self, trainer: pl.Trainer) -> None:
         """Open the files of a run before Lightning does, which may be resumed; they stay as they are for now."""
         self._opened = [(log, path) for log, path in _files(trainer) if path.is_file() and not is_csv_open(log)]
