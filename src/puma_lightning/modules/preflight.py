@@ -3,9 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 
 from puma_lightning.chain.student import AnySampler
 from puma_lightning.data.base import offer_of
+from puma_lightning.data.batch import Batch
 from puma_lightning.models.calling import check_takes_padding
 from puma_lightning.modules.eval_mode import eval_mode
 
@@ -31,7 +33,9 @@ def preflight(module: "GenerativeModule") -> None:
     samplers = samplers_of(module)
     for sampler in samplers:
         module.check_sampler(sampler)
-    chains = module.stream.peek()["chains"]
+    batch = module.stream.peek()
+    _warn_of_answers_without_end(module, batch)
+    chains = batch["chains"]
     if chains.attention_mask is not None and not getattr(module.backbone, "causal", False):
         states: Any = module.backbone.forward if module.block_size is None else module.backbone.hidden_states
         check_takes_padding(states)
@@ -62,6 +66,26 @@ def preflight(module: "GenerativeModule") -> None:
                     f"policy: expected numbers as scores, got NaN from {policy!r} where the logits have none (the mask "
                     "token's is -inf); return numbers"
                 )
+
+
+def _warn_of_answers_without_end(module: "GenerativeModule", batch: Batch) -> None:
+    """Say if training shows the model where answers end, and so does not teach it to end them."""
+    eos_id: int | None = getattr(module, "eos_id", None)
+    tokens, given = batch["input_ids"], batch["prompt_mask"]
+    if eos_id is None:
+        return
+    after = (~given).flip(1).cumsum(1).flip(1) == 0  # the last position that is predicted
+    end = tokens == eos_id
+    if "attention_mask" in batch:
+        end = end | ~batch["attention_mask"]
+    shown = (after & end).any(1) & (~after | end).all(1)
+    in_any_order = module.block_size is None and not getattr(module.backbone, "causal", False)
+    if shown.any() and (in_any_order or not ((tokens == eos_id) & ~given).any()):
+        rank_zero_warn(
+            "padding: what follows the answers is given, or padding, so this model does not learn where one ends, and "
+            "fills all the room there is when it generates; have EOS predicted there (padding: eos of the text "
+            "DataModules), or give no eos_id where the lengths of answers are known"
+        )
 
 
 def samplers_of(module: "GenerativeModule") -> list[AnySampler]:
