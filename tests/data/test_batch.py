@@ -120,6 +120,13 @@ def test_the_first_position_that_is_there_must_be_given_to_a_shifted_model():
         check({"input_ids": IDS, "attention_mask": REAL, "prompt_mask": prompt.roll(-1, 1)}, first_given=True)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.complex64, torch.bool])
+def test_tokens_are_integers(kind):
+    """Half of a complex number would be lost without a word."""
+    with pytest.raises(ValueError, match=r"input_ids: expected integers \(B, L\), got \(2, 4\) torch"):
+        check({"input_ids": IDS.to(kind)})
+
+
 def test_lists_that_torch_has_collated_by_position_are_told_what_to_do():
     """As of a datasets.Dataset without a format."""
     with pytest.raises(ValueError, match=r"input_ids: expected a tensor.*got a list.*with_format.*pad_collate"):

@@ -461,6 +461,13 @@ def test_a_number_of_batches_that_is_zero_is_refused(option):
     refused(model(), rf"{option}: expected at least one batch, got 0; ", **{option: 0})
 
 
+def test_optimizers_and_clipping_that_spoil_training_in_silence_are_refused():
+    """LBFGS takes a step in many looks at the batch, and each would move the chains."""
+    lbfgs = MaskedDiffusion(OwnBackbone(), MASK, optimizer=partial(torch.optim.LBFGS, lr=0.1), scheduler=None)
+    refused(lbfgs, "optimizer: expected one that looks at a batch once.*LBFGS")
+    refused(model(), "gradient_clip_val: expected at least 0, got -1", gradient_clip_val=-1.0)
+
+
 # --- a loss that is not finite ---
 
 

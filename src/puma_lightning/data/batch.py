@@ -30,6 +30,7 @@ from torch.utils.data import default_collate
 from puma_lightning.chain.chains import padding_token
 
 Batch = dict[str, Tensor]
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 NOT_LEARNED = -100  # a label, in Hugging Face's convention
 UNDERSTOOD = ("input_ids", "prompt_mask", "attention_mask", "labels", "answer")
@@ -90,7 +91,7 @@ def check_batch(
             "return such a dictionary from your Dataset"
         )
     input_ids = batch["input_ids"]
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+    if input_ids.dim() != 2 or input_ids.dtype not in _INTEGERS:
         raise ValueError(
             f"input_ids: expected integers (B, L), got {tuple(input_ids.shape)} {input_ids.dtype}; pad sequences of "
             "different lengths, for instance with collate_fn=puma_lightning.pad_collate"

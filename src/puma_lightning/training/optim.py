@@ -107,8 +107,8 @@ class Optimization:
         """Make optimizer and scheduler, in the form that Lightning wants.
 
         Raises:
-            ValueError: If the optimizer refuses its settings, gradients could not be clipped, or the schedule has no
-                end.
+            ValueError: If the optimizer refuses its settings or is none for chains, gradients could not be clipped, or
+                the schedule has no end.
         """
         try:
             optimizer = self.optimizer(parameters)
@@ -118,6 +118,16 @@ class Optimization:
             raise ValueError(
                 f"optimizer: expected settings that it takes, got others: {reason}; correct them"
             ) from error
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "optimizer: expected one that looks at a batch once in each step, got LBFGS, which does so up to 20 "
+                "times, and the chains would move on each time; take another, such as AdamW"
+            )
+        if (clip := trainer.gradient_clip_val) and clip < 0:
+            raise ValueError(
+                f"gradient_clip_val: expected at least 0, got {clip}, which turns gradients around; leave it out for "
+                "none"
+            )
         scaled = trainer.precision == "16-mixed" and trainer.gradient_clip_val
         if scaled and any(group.get("fused") for group in optimizer.param_groups):
             raise ValueError(
