@@ -251,8 +251,9 @@ def _disturb(run: Run, way: str, rng: random.Random, duration: float, result: Tr
     in_time = run.wait(GRACE)
     said = f"{way}: {time.monotonic() - begun:.1f} s, {run.codes}"
     result.kills.append(said)
-    if not in_time and way.endswith("one") and not run.heard():
-        run.kill()  # as whatever starts the processes of a run does when one of them is gone
+    if not in_time and len(ranks) > 1 and not run.heard():
+        # One that had not begun to train is gone, the others wait for it. Whatever started them would end them.
+        run.kill()
     elif not in_time:
         result.wrong.append(f"not ended after {GRACE:.0f} s: {said}, of {len(ranks)}")
         run.kill()

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -39,7 +39,7 @@ class Late(pl.Callback):
             pl_module.log("late", 1.0)
 
 
-def run(folder: Path, steps: int = 16, ckpt: Any = None, **logger: Any) -> Path:
+def run(folder: Path, steps: int = 16, ckpt: Any = None, callbacks: Any = (), **logger: Any) -> Path:
     """Train 12 batches an epoch; log every 2, validate and save every 4 and in between."""
     pl.seed_everything(0, verbose=False)
     x0 = torch.randint(MASK, (24, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -52,7 +52,8 @@ def run(folder: Path, steps: int = 16, ckpt: Any = None, **logger: Any) -> Path:
     log = CSVLogger(folder, **{"name": "logs", "version": 0, "flush_logs_every_n_steps": 3, **logger})
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, val_check_interval=4, log_every_n_steps=2, num_sanity_val_steps=0,
-        logger=log, callbacks=[Late(), average, save, after], enable_progress_bar=False, enable_model_summary=False,
+        logger=log, callbacks=[Late(), average, save, after, *callbacks], enable_progress_bar=False,
+        enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, loader, loader, ckpt_path=ckpt)
     return Path(log.log_dir, "metrics.csv")
@@ -77,6 +78,31 @@ def test_rows_before_the_checkpoint_stay_and_those_after_it_come_once(tmp_path, 
     resumed = run(tmp_path, ckpt=tmp_path / f"saved/{name}.ckpt")
     assert rows(resumed) == whole[1]
     assert rows(run(tmp_path, 20, tmp_path / "saved/last.ckpt"))[: len(whole[1])] == whole[1]  # and again
+
+
+class Interrupted(pl.Callback):
+    """Stops a run that has been resumed and has not begun to train."""
+
+    def on_train_start(self, trainer, pl_module):
+        raise KeyboardInterrupt
+
+
+def test_an_exception_before_a_resumed_run_begins_changes_no_row(tmp_path, whole):
+    """What is saved then goes on as the checkpoint would have, whatever rows the file still has."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(SystemExit):
+        run(tmp_path, ckpt=tmp_path / "saved/step=9.ckpt", callbacks=[Interrupted(), OnExceptionCheckpoint(tmp_path)])
+    assert rows(run(tmp_path, ckpt=tmp_path / "on_exception.ckpt")) == whole[1]
+
+
+def test_rows_that_are_lost_stop_no_run(tmp_path, whole):
+    """They are told of."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "logs/version_0/metrics.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    with pytest.warns(UserWarning, match=r"metrics.csv: expected the \d+ rows of this run, got 2; some are lost"):
+        resumed = run(tmp_path, ckpt=tmp_path / "saved/step=9.ckpt")
+    assert rows(resumed)[:2] == whole[1][:2] and rows(resumed)[2]["step"] > "8"
 
 
 @pytest.mark.parametrize("options", [{"name": "", "version": ""}, {"name": "logs", "version": "here"}])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.loggers import CSVLogger
 
 from puma_lightning.files import replacing
@@ -72,7 +73,11 @@ class KeptRows:
                 kept = [row for row in rows if _step(row) < step]
             else:
                 kept = rows[: counts[index]]
-                if len(kept) < counts[index] or any(_step(row) > step for row in kept):
+                if len(kept) < counts[index]:
+                    rank_zero_warn(
+                        f"{path}: expected the {counts[index]} rows of this run, got {len(kept)}; some are lost"
+                    )
+                if any(_step(row) > step for row in kept):
                     raise ValueError(
                         f"logger: expected {path} to have what this run logged up to step {step}, got the rows of "
                         "another; log to another version, or move the file away"

@@ -80,8 +80,9 @@ class ExactResume:
             "world_size": trainer.world_size,
             "ranks": states,
             "facts": facts_of(module),
-            "unlogged": unlogged_metrics(trainer),
-            "rows": self.rows.count(trainer),
+            # Of a resumed run that has not begun yet, what is still to be done with the logs.
+            "unlogged": unlogged_metrics(trainer) if self._waiting is None else self._unlogged,
+            "rows": self.rows.count(trainer) if self._waiting is None else self._rows,
         }
         if interrupted and trainer.world_size > 1:
             kept["ranks"] = []  # one process knows its own chains alone
