@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-# What a program may import, and what that imports only when first needed. Imported where the text has the name.
+# What a program may import, and what that imports only when first needed. Imports take time, so only of what is named.
 MODULES = {
     "bisect": (),
     "calendar": ("_strptime",),
@@ -107,8 +107,9 @@ def _import_what_is_named(text: str) -> None:
     _warnings.filters.insert(0, ("ignore", None, Warning, None, 0))  # showing one would open a file
     if "\\N" in text:
         import unicodedata  # noqa: F401  # names of characters in strings
+    words = set("".join([c if c.isalnum() or c == "_" else " " for c in text]).split())
     for name, more in MODULES.items():
-        if name in text:
+        if name in words:
             for module in (name, *more):
                 __import__(module)
     if "random" in sys.modules:
