@@ -212,7 +212,7 @@ ATTACKS = {name: _body(source) for name, source in BODIES.items()} | {
     "many errors": HEAD + "    return 42 42\n" * 3000,
     # outside the function
     "module level loop": "def other(): pass\nwhile True: pass\n" + _RETURN,
-    "module level exit": "import os\ndef other(): pass\nos._exit(0)\n" + _RETURN,
+    "module level exit": "def other(): pass\n__import__('os')._exit(0)\n" + _RETURN,
     "decorator": "@print.__self__.open\n" + _RETURN,
     "default argument": "def simple_math_problem(x=open('/tmp/sentinel', 'w')):\n    return 42\n",
     "class body": "def other(): pass\nclass A:\n    import socket\n" + _RETURN,

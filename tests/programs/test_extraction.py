@@ -38,7 +38,11 @@ def test_finds_the_function(text: str) -> None:
         "PRICES = [\n1,\n2,\n]\n",
         "NOTE = '''\nfree words, and (\n'''\n",
         "from math import *\nHALF = floor(2.5)\n",
-        "try:\n    import math as m\nexcept ImportError:\n    m = None\n",
+        "try:\n    import numpy as np\nexcept ImportError:\n    np = None\n",
+        "from __future__ import annotations\ndef helper(s: Shop) -> Shop:\n    return s\n\nclass Shop:\n    pass\n\n",
+        "def setup():\n    global rate\n    rate = 21\n\nsetup()\nprice = rate * 2\n",
+        "globals()['rate'] = 2\nprice = rate * 2\n",
+        "exceptions = 42\nelse_cost = 3\nfinal = 2\n",
         "if True:\n    a = 1\nelse:\n    a = 2\n# and\nb = a + 1\n",
         "import functools\n\n@functools.lru_cache(None)\ndef helper(n: int = 3) -> int:\n    return n\n\n",
         "class Shop:\n    price = 2\n\n    def cost(self, n):\n        return self.price * n\n\n",
@@ -64,6 +68,36 @@ def test_prose_is_no_code(prose: str) -> None:
     assert extract_program(f"{prose}\n{F}") == F
     assert extract_program(f"{F}{prose}\n") == F
     assert extract_program(f"import math\n{prose}\n{F}") == "import math\n" + F
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        (F + "assert simple_math_problem() == 41\n", F),
+        (F + "answer = simple_math_problem(5)\n", F),
+        (F + "input('press')\nimport pytest\nimport unittest\n\nclass Test(unittest.TestCase):\n    pass\n", F),
+        (F + "print(f'The answer is {simple_math_problem()}')\n", F),
+        (F + "if __name__ == '__main__':\n    print(simple_math_problem())\n", F),
+        (F + "RATE = 2\n\ndef helper():\n    return RATE\n", F + "RATE = 2\n\ndef helper():\n    return RATE\n"),
+        ("import numpy as np\nimport math\n" + F, "import math\n" + F),
+        ("del x\nraise\n" + F, F),
+        ("```python\ndef simple_math_problem_v1():\n    pass\n```\n```python\n" + F + "```", None),
+        ("Define def simple_math_problem and return\n```\n" + F + "```", F),
+        ("```\n# def simple_math_problem goes below\n```\n```\n" + F + "```", F),
+        ("\ufeff" + F, F),
+        (" " + F, None),
+        ("".join(f"    {line}\n" for line in F.splitlines()), F),
+        ("1. Do:\n   ```python\n" + "".join(f"   {line}\n" for line in F.splitlines()) + "   ```\n", F),
+        (F.replace("def simple", "def  simple"), F.replace("def simple", "def  simple")),
+        ("import math\n```\nfrom __future__ import annotations\nimport math\n" + F + "```",
+         "from __future__ import annotations\nimport math\n" + F),
+        ("```\nimport math\n```\n```\nfrom __future__ import annotations\n" + F + "```",
+         "from __future__ import annotations\nimport math\n\n" + F),
+    ],
+)  # fmt: skip
+def test_texts_as_models_write_them(text: str, source: str | None) -> None:
+    assert source is None or extract_program(text) == source
+    assert run_programs([text])[0].result == 42
 
 
 @pytest.mark.parametrize(

@@ -18,31 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-# What a program may import, and what that imports only when first needed. Imports take time, so only of what is named.
-MODULES = {
-    "bisect": (),
-    "calendar": ("_strptime",),
-    "cmath": (),
-    "collections": ("collections.abc", "heapq"),
-    "copy": (),
-    "dataclasses": (),
-    "datetime": ("_strptime",),
-    "decimal": (),
-    "enum": (),
-    "fractions": (),
-    "functools": (),
-    "heapq": (),
-    "itertools": (),
-    "math": (),
-    "numbers": (),
-    "operator": (),
-    "random": (),
-    "re": (),
-    "statistics": (),
-    "string": (),
-    "typing": (),
-}
-INTERNAL = ("_strptime", "_decimal", "_pydecimal", "encodings", "unicodedata", "warnings", "contextlib", "time")
+# What those modules, and Python itself, import only when first needed.
+INTERNAL = (
+    "_strptime", "_decimal", "_pydecimal", "abc", "contextlib", "copyreg", "encodings", "time", "types", "unicodedata",
+    "warnings", "weakref",
+)  # fmt: skip
 HARMFUL = (
     "posix", "os", "_imp", "_thread", "threading", "signal", "_signal", "gc", "select", "resource", "importlib",
     "_posixsubprocess", "_socket", "fcntl", "faulthandler", "atexit", "marshal", "zipimport",
@@ -52,7 +32,7 @@ EVENTS = frozenset({"builtins.id", "compile", "exec", "sys._getframemodulename",
 # What decorators and named tuples read and set; of the others, frames lead to the harness.
 READABLE = frozenset({"__code__", "__defaults__", "__kwdefaults__"})
 SETTABLE = frozenset(
-    {"__module__", "__name__", "__qualname__", "__doc__", "__defaults__", "__kwdefaults__", "__bases__"}
+    {"__module__", "__name__", "__qualname__", "__doc__", "__defaults__", "__kwdefaults__", "__bases__", "__class__"}
 )
 
 REQUEST, RESULT = 0, 3
@@ -68,9 +48,9 @@ def main() -> "NoReturn":
         data = request.read()
     nonce, text = data[:NONCE], data[NONCE:].decode()
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-    from extraction import extract_program  # type: ignore[import-not-found]
+    from extraction import MODULES, extract_program  # type: ignore[import-not-found]
 
-    _import_what_is_named(text)
+    _import_what_is_named(text, MODULES)
     write = os.write
     describe = _describer()
     namespace: dict[str, Any] = {"__name__": "program", "__builtins__": dict(vars(builtins))}
@@ -80,20 +60,22 @@ def main() -> "NoReturn":
         _exit(1)
 
     def hook(event: str, args: "tuple[Any, ...]") -> None:
+        if event == "import":  # of what is not loaded: as if it were not there
+            raise ImportError(f"forbidden: import {args[0]}" if type(args[0]) is str else "forbidden: import")
         harmless = event in EVENTS
         harmless |= event == "object.__getattr__" and args[1] in READABLE
         harmless |= event == "object.__setattr__" and args[1] in SETTABLE
         if not harmless:
-            refuse(f"{event} {args[0]}" if event == "import" and type(args[0]) is str else event)
+            refuse(event)
 
     _drop_privileges()
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
     source = extract_program(text)  # before the hook: to report an error the parser tries to open a file
     if source is None:
         _exit(0)
-    _empty_modules()
+    _empty_modules(MODULES)
     sys.addaudithook(hook)
-    write(RESULT, nonce)
+    write(RESULT, nonce)  # from here on the time of the program is counted
     try:
         exec(compile(source, "<program>", "exec"), namespace)
         verdict = b"ok " + describe(namespace["simple_math_problem"]())
@@ -103,15 +85,18 @@ def main() -> "NoReturn":
     _exit(0)
 
 
-def _import_what_is_named(text: str) -> None:
+def _import_what_is_named(text: str, modules: "dict[str, tuple[str, ...]]") -> None:
+    """Import what a text may import. That takes time, so only what it has the names of."""
     _warnings.filters.insert(0, ("ignore", None, Warning, None, 0))  # showing one would open a file
-    if "\\N" in text:
-        import unicodedata  # noqa: F401  # names of characters in strings
     words = set("".join([c if c.isalnum() or c == "_" else " " for c in text]).split())
-    for name, more in MODULES.items():
-        if name in words:
-            for module in (name, *more):
-                __import__(module)
+    needed = [module for name, more in modules.items() if name in words for module in (name, *more)]
+    if "\\N" in text:
+        needed.append("unicodedata")  # the names of characters in strings
+    if "class" in words:
+        needed.append("copyreg")  # copies of objects
+        needed += ["typing"] if sys.version_info >= (3, 12) else []  # class A[T]
+    for name in needed:
+        __import__(name)
     if "random" in sys.modules:
         sys.modules["random"].seed(0)  # a program is judged alike each time
 
@@ -157,10 +142,10 @@ def _describer() -> "Callable[[object], Any]":
     return describe
 
 
-def _empty_modules() -> None:
+def _empty_modules(whitelist: "dict[str, tuple[str, ...]]") -> None:
     """Leave nothing to import but the whitelist, and nothing in the modules that act without an audit event."""
     modules = sys.modules
-    kept = {name for name in modules if name.split(".")[0] in MODULES or name.split(".")[0] in INTERNAL}
+    kept = {name for name in modules if name.split(".")[0] in whitelist or name.split(".")[0] in INTERNAL}
     harmful = [vars(modules[name]) for name in HARMFUL if name in modules]
     for name in set(modules) - kept:
         del modules[name]

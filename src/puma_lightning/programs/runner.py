@@ -153,8 +153,9 @@ class _Lane(threading.Thread):
                 except queue.Empty:
                     break
                 self.done.put((i, self._judge(source)))
-        except (OSError, RuntimeError) as error:
-            self.done.put(RuntimeError(str(error)))
+        except Exception as error:  # whatever it is, somebody waits for an answer
+            words = str(error) if isinstance(error, RuntimeError) else f"programs: {type(error).__name__}: {error}"
+            self.done.put(RuntimeError(words))
         finally:
             self._end_worker()
 
@@ -176,6 +177,12 @@ class _Lane(threading.Thread):
         if answer is None:  # killed by the system, for want of memory perhaps: the next program gets a new one
             self._end_worker()
             return ProgramRun("crashed", error="its worker process died")
+        if answer.startswith(b"failed "):
+            words = answer.removeprefix(b"failed ").decode(errors="replace")
+            raise RuntimeError(
+                f"programs: expected to be run, got a system that refuses: {words}; check that disk, processes and "
+                "memory are left"
+            )
         return _read_answer(answer.decode("utf-8", "replace"))
 
     def _start_worker(self) -> "subprocess.Popen[bytes]":
