@@ -14,7 +14,7 @@ class Killed(BaseException):
 
 
 def fill(folder: Path, text: str) -> None:
-    with replacing_folder(folder, lambda _: False) as temporary:
+    with replacing_folder(folder) as temporary:
         (temporary / "a").write_text(text)
         (temporary / "deep").mkdir()
         (temporary / "deep" / "b").write_text(text)
@@ -62,6 +62,16 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_pat
     clear_unfinished(tmp_path)
     assert content(target) == (["new"] * 2 if calls == 2 else ["old"] * 2)
     assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_hidden_files_of_others_are_left_alone(tmp_path):
+    """However much their names look like ours."""
+    names = [".bashrc.old", ".download.part", ".x.0123456789ab.part2", ".a.b.old", ".0123456789ab.old"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    clear_unfinished(tmp_path)
+    fill(tmp_path / "last.ckpt", "one")
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "last.ckpt"])
 
 
 def test_a_folder_that_somebody_else_made_is_kept_if_it_is_good(tmp_path):

@@ -23,6 +23,7 @@ import puma_lightning
 from puma_lightning.callbacks import GenerationEvaluation, PredictionWriter, StepProgressBar, UnmaskingTrajectory
 from puma_lightning.data.base import DataOffer
 from puma_lightning.errors import sentence_of
+from puma_lightning.files import clear_unfinished
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.training.checkpoints import is_sharded, load_checkpoint
 from puma_lightning.training.lightning_internals import ConfigWinsCLI, end_launched_processes, trains_elsewhere
@@ -32,7 +33,7 @@ from puma_lightning.training.stopping import Stopped
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 SPECIAL_CHECKPOINTS = ("best", "last", "hpc", "registry")
-LIGHTNING = str(Path(lightning.__file__).parent)
+LIGHTNING = os.path.join(Path(lightning.__file__).parent, "")
 RUNS = "runs"  # the folder of all runs
 TRACEBACK = "PUMA_TRACEBACK"  # an environment variable: 1 shows where an error comes from
 _GRACE = 3.0  # seconds in which the first process says what all would say, and ends the others
@@ -275,6 +276,8 @@ def newest_checkpoint(folder: Path) -> Path:
     Raises:
         ValueError: If none has one.
     """
+    for part in folder.glob("version_*/**/"):
+        clear_unfinished(part)
     found = [path for path in folder.glob("version_*/**/*.ckpt") if path.is_file() or is_sharded(path)]
     if not found:
         raise ValueError(

@@ -1,11 +1,12 @@
 """Errors that this package raises on purpose: what is wrong with what it was given, in a sentence."""
 
 import dis
+import os
 import re
 from pathlib import Path
 from types import TracebackType
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = os.path.join(Path(__file__).parent, "")
 _RAISE = dis.opmap["RAISE_VARARGS"]
 # Not said to users: a broken invariant of ours, and a method that a subclass lacks.
 _BUGS = (AssertionError, NotImplementedError)

@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all."""
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ except ImportError:  # Windows: what a dead process left there stays
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED, REPLACED = ".part", ".old"
+_NAME = re.compile(rf"\.(?P<of>.+)\.[0-9a-f]{{12}}({re.escape(UNFINISHED)}|{re.escape(REPLACED)})")
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path, is_good: Callable[[Path], bool]) -> Iterator[Path]:
+def replacing_folder(path: Path, is_good: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
     """Give a folder beside ``path`` to fill, which takes the place of ``path`` once it is whole and on the disk.
 
     As with ``replacing``, ``path`` is as it was before until then.
@@ -38,7 +40,7 @@ def replacing_folder(path: Path, is_good: Callable[[Path], bool]) -> Iterator[Pa
     Args:
         path: The folder.
         is_good: Tells whether what stands at ``path`` in the end, which another process may have made in the meantime,
-            is as good as this one; it is kept then.
+            is as good as this one; it is kept then. By default nothing is.
     """
     with _unfinished(path, Path.mkdir) as temporary:
         yield temporary
@@ -64,19 +66,24 @@ def clear_unfinished(folder: Path) -> None:
     """
     if fcntl is None:
         return
-    for path in folder.glob(f".*{REPLACED}"):
+    for path, target in _left(folder, REPLACED):
         with suppress(OSError), _opened(folder) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            target = path.with_name(path.name[1 : -len(f".{_unique()}{REPLACED}")])
+            fcntl.flock(handle, fcntl.LOCK_EX)  # held for a moment only, by one that is in the middle of it
             if target.exists():
                 _delete(path)
             else:
                 os.rename(path, target)
-    for path in folder.glob(f".*{UNFINISHED}"):
+    for path, _ in _left(folder, UNFINISHED):
         # Somebody else may clear it away at the same time, and a folder may be for reading only.
         with suppress(OSError), _opened(path) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _delete(path)
+
+
+def _left(folder: Path, ending: str) -> list[tuple[Path, Path]]:
+    """Return what there is of ours with an ending, and what it was to be or has been; nobody else's hidden files."""
+    names = [(path, _NAME.fullmatch(path.name)) for path in folder.glob(f".*{ending}")]
+    return [(path, path.with_name(name["of"])) for path, name in names if name]
 
 
 @contextmanager
@@ -98,11 +105,7 @@ def _unfinished(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def _name_beside(path: Path, ending: str) -> Path:
-    return path.with_name(f".{path.name}.{_unique()}{ending}")
-
-
-def _unique() -> str:
-    return uuid.uuid4().hex[:12]
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{ending}")
 
 
 def _create_file(path: Path) -> None:

@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from traceback import StackSummary
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from puma_lightning import MaskedDiffusion, TransformerBackbone
 from puma_lightning.cli import newest_checkpoint
-from puma_lightning.training.checkpoints import load_checkpoint
+from puma_lightning.training.checkpoints import ShardedFolders, load_checkpoint
 
 SCRIPT = """
 import sys
@@ -80,3 +83,61 @@ def test_a_run_goes_on_exactly_from_a_sharded_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"init_from: expected a checkpoint in one file.*consolidate_checkpoint"):
         MaskedDiffusion(backbone, 5, init_from=str(version / "last.ckpt")).load_weights(str(version / "last.ckpt"))
     assert torch.load(version / "last.ckpt" / "meta.pt", weights_only=True)["global_step"] == 6
+
+
+class Strategy:
+    """What a sharded save needs of a strategy, with one process, and a save that goes wrong."""
+
+    is_global_zero = True
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def barrier(self) -> None: ...
+
+    def save_checkpoint(self, checkpoint: dict, folder: Path, storage_options: Any = None) -> None:
+        (Path(folder) / "shard").write_text(checkpoint["text"])
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left"),
+        RuntimeError("No space left"),
+        CheckpointException("save", {0: (OSError("full"), StackSummary())}),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_save_that_fails_leaves_the_earlier_folder_and_says_so(tmp_path, error):
+    """PyTorch says that a disk is full in more than one way, one of which is no Exception."""
+    ShardedFolders(Strategy(None))({"text": "old"}, tmp_path / "last.ckpt")
+    with pytest.raises(OSError, match=r"checkpoint: expected to write .*last\.ckpt.*what was there before is whole"):
+        ShardedFolders(Strategy(error))({"text": "new"}, tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert (tmp_path / "last.ckpt" / "shard").read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_made_stops_all_processes(tmp_path):
+    """The first one tells the others, which would wait for it."""
+    (tmp_path / "file").write_text("")
+    told = []
+
+    class First(Strategy):
+        def broadcast(self, value: Any) -> Any:
+            told.append(value)
+            return value
+
+    class Other(Strategy):
+        is_global_zero = False
+
+        def broadcast(self, value: Any) -> Any:
+            return told.pop(0)
+
+    for strategy in (First(None), Other(None)):
+        with pytest.raises(OSError, match=r"expected to write .*nothing was there before"):
+            ShardedFolders(strategy)({"text": "new"}, tmp_path / "file" / "last.ckpt")

@@ -1,10 +1,12 @@
 """A run that is asked to end: saved after a batch, 128 + the signal's number, and gone on with exactly."""
 
 import copy
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,8 +136,85 @@ def test_the_workers_of_a_loader_go_on_after_a_signal(tmp_path, number):
             trainer.fit(module, loader)
             assert trainer.global_step == 8
         else:
-            with pytest.raises(RuntimeError, match="worker"):
+            with pytest.raises((RuntimeError, OSError)):  # as it was waited for, or while it handed something over
                 trainer.fit(module, loader)
+
+
+def test_the_workers_of_validation_loaders_go_on_too(tmp_path):
+    """Whatever a validation is made of: a loader, or several."""
+    rows = [{"input_ids": torch.full((LENGTH,), i % MASK)} for i in range(32)]
+    struck = DataLoader(Struck(rows, signal.SIGTERM), 4, num_workers=2)
+    for loaders in (struck, [struck, DataLoader(rows, 4)]):
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **quiet)
+        trainer.fit(MaskedDiffusion(Backbone(), MASK, scheduler=None), DataLoader(rows, 4), loaders)
+        assert trainer.global_step == 8
+
+
+def test_a_worker_whose_loader_is_done_ends_at_the_first_signal():
+    """Which its loader sends to one that takes too long to end by itself."""
+    over = multiprocessing.get_context("fork").Event()
+
+    def work() -> None:
+        done_event = over  # noqa: F841  # as the loop of PyTorch's workers calls it
+        LoaderWorker(None)(0)
+        started.set()
+        time.sleep(60)
+
+    started = multiprocessing.get_context("fork").Event()
+    worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    worker.start()
+    assert started.wait(20)
+    worker.terminate()
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.kill()
+    worker.join()
+    over.set()
+    started.clear()
+    worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    worker.start()
+    assert started.wait(20)
+    worker.terminate()
+    worker.join(20)
+    assert not worker.is_alive()
+
+
+STUCK = """
+import signal, time
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from puma_lightning import MaskedDiffusion, RandomMasking
+
+class Rows(Dataset):
+    def __len__(self): return 32
+    def __getitem__(self, index):
+        if index > 9:  # as one that waits for ever in native code
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            time.sleep(1000)
+        return {"input_ids": torch.zeros(8, dtype=torch.int64)}
+
+class Backbone(nn.Module):
+    vocab_size = 6
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(6, 8), nn.Linear(8, 6)
+    def forward(self, xt): return self.out(self.embed(xt))
+
+quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+pl.Trainer(accelerator="cpu", max_steps=8, **quiet).fit(
+    MaskedDiffusion(Backbone(), 5, RandomMasking(), scheduler=None), DataLoader(Rows(), 4, num_workers=1, timeout=2)
+)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_sees_no_signal_keeps_no_run_from_ending(tmp_path):
+    """It is killed at the exit, for which multiprocessing would wait."""
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "timed out" in done.stderr
 
 
 def test_a_worker_begins_as_its_user_has_it_begin():
@@ -208,6 +287,14 @@ def test_the_newest_version_of_a_run_that_has_a_checkpoint_is_gone_on_with(tmp_p
     assert newest_checkpoint(run) == run / "version_10/checkpoints/last.ckpt"
 
 
+def test_a_checkpoint_that_a_kill_left_aside_is_put_back(tmp_path):
+    """The folder of shards of a run that died while it replaced it."""
+    aside = tmp_path / "version_0" / "checkpoints" / ".last.ckpt.0123456789ab.old"
+    aside.mkdir(parents=True)
+    (aside / "meta.pt").write_text("")
+    assert newest_checkpoint(tmp_path) == aside.with_name("last.ckpt")
+
+
 @pytest.mark.parametrize("given", [[], ["--ckpt_path", "old one.ckpt"], ["--ckpt_path=old.ckpt"]])
 def test_the_command_that_goes_on_is_the_one_that_began(given):
     """With another checkpoint, and quoted for a shell."""
@@ -219,6 +306,7 @@ def test_the_command_that_goes_on_is_the_one_that_began(given):
 
 SCRIPT = """
 import sys
+import time
 from functools import partial
 import lightning.pytorch as pl
 import torch

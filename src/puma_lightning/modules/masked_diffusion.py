@@ -71,7 +71,8 @@ class MaskedDiffusion(GenerativeModule):
         """Check that a sampler is one for this kind of model, and that there is an EOS if it ends at one."""
         super().check_sampler(sampler)
         within: Any = getattr(sampler, "within", sampler)  # of a block
-        within.check_eos(self.eos_id)
+        if getattr(within, "end_at_eos", False):
+            within.check_eos(self.eos_id)
 
     def current_block_size(self) -> int | None:
         """Return the length of the blocks that the model was trained in last, which is what it can be evaluated in.
@@ -185,7 +186,8 @@ class MaskedDiffusion(GenerativeModule):
         generator: torch.Generator | None,
         attention_mask: Tensor | None = None,
     ) -> Sample:
-        return sampler(Canvas(self, attention_mask), xt, self.mask_id, generator, self.eos_id)
+        ends: dict[str, Any] = {"eos_id": self.eos_id} if getattr(sampler, "end_at_eos", False) else {}
+        return sampler(Canvas(self, attention_mask), xt, self.mask_id, generator, **ends)
 
 
 class Canvas:

@@ -1,7 +1,8 @@
 """Checkpoint files: written whole or not at all, and checked before anything is taken from them."""
 
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import Strategy
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from puma_lightning.files import clear_unfinished, replacing, replacing_folder
@@ -66,7 +68,7 @@ class CheckpointFiles(TorchCheckpointIO):
         return loaded
 
 
-def _unwritten(path: str | Path, error: Exception) -> OSError:
+def _unwritten(path: str | Path, error: BaseException) -> OSError:
     earlier = "what was there before is whole" if Path(path).exists() else "nothing was there before"
     return OSError(
         f"checkpoint: expected to write {path}, which failed ({_reason(error)}); {earlier}. Make room, or save "
@@ -90,13 +92,27 @@ class ShardedFolders:
             OSError: If it could not be written. The earlier one is still there.
         """
         path = Path(self._strategy.broadcast(str(filepath)))
-        first = self._strategy.is_global_zero
-        try:
-            with replacing_folder(path, lambda _: False) if first else nullcontext(path) as folder:
-                self._save(checkpoint, self._strategy.broadcast(str(folder)), storage_options)
-                self._strategy.barrier()
-        except OSError as error:
-            raise _unwritten(path, error) from error
+        with ExitStack() as stack:
+            folder = self._on_first(path, lambda: stack.enter_context(replacing_folder(path)))
+            try:
+                self._save(checkpoint, folder, storage_options)
+            except (OSError, RuntimeError, CheckpointException) as error:
+                raise _unwritten(path, error) from error
+            self._strategy.barrier()
+            self._on_first(path, stack.close)
+
+    def _on_first(self, path: Path, do: Callable[[], Any]) -> Any:
+        """Do something in the first process; return what came of it, or raise what it raised, in all of them."""
+        result, problem = None, None
+        if self._strategy.is_global_zero:
+            try:
+                result = do()
+            except OSError as error:
+                problem = str(error)
+        result, problem = self._strategy.broadcast((result, problem))
+        if problem is not None:
+            raise _unwritten(path, OSError(problem))
+        return result
 
 
 def _is_local(path: str | Path) -> bool:
@@ -119,6 +135,8 @@ def make_saving_safe(trainer: pl.Trainer) -> None:
     Raises:
         ValueError: If there is a callback for that alone.
     """
+    if trainer.ckpt_path and _is_local(trainer.ckpt_path):
+        clear_unfinished(Path(trainer.ckpt_path).parent)
     if shares_weights_out(trainer):
         if not isinstance(trainer.strategy.save_checkpoint, ShardedFolders):
             trainer.strategy.save_checkpoint = ShardedFolders(trainer.strategy)  # type: ignore[method-assign]

@@ -51,15 +51,17 @@ def refuse_missing_last(trainer: pl.Trainer) -> None:
         connector._select_ckpt_path = selected  # type: ignore[method-assign, assignment]
 
 
-def wrap_train_loader(trainer: pl.Trainer, wrap: Callable[[Any], Any]) -> None:
-    """Put a function between Lightning and the train loader, wherever that comes from.
+def wrap_loaders(trainer: pl.Trainer, train: Callable[[Any], Any], val: Callable[[Any], Any]) -> None:
+    """Put functions between Lightning and the loaders of a fit, wherever these come from.
 
     Args:
         trainer: The Trainer, in its ``setup`` phase.
-        wrap: From what the user's ``train_dataloader`` returns to what Lightning is to iterate.
+        train: From what the user's ``train_dataloader`` returns to what Lightning is to iterate.
+        val: The same of ``val_dataloader``.
     """
-    source = trainer.fit_loop._data_source
-    trainer.fit_loop._data_source = _WrappedSource(source.instance, source.name, wrap)
+    for loop, wrap in ((trainer.fit_loop, train), (trainer.fit_loop.epoch_loop.val_loop, val)):
+        source = loop._data_source
+        loop._data_source = _WrappedSource(source.instance, source.name, wrap)
 
 
 def is_in_step(trainer: pl.Trainer) -> bool:
@@ -153,6 +155,11 @@ def log_metrics(trainer: pl.Trainer, metrics: dict[str, Any]) -> None:
     trainer._logger_connector.log_metrics(metrics)
 
 
+def scales_gradients(trainer: pl.Trainer) -> bool:
+    """Tell whether gradients are scaled against underflow, so that one may be infinite without harm."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
 def shares_weights_out(trainer: pl.Trainer) -> bool:
     """Tell whether no process has all weights, and checkpoints are folders to which each adds its own."""
     strategy: Any = trainer.strategy
@@ -169,7 +176,7 @@ def loads_weights_in_place(trainer: pl.Trainer) -> bool:
 
 def let_children_end(trainer: pl.Trainer) -> None:
     """Have the process that started the others not be killed because one of them has ended before it."""
-    # The thread that watches them shares this list.
+    # The thread that watches them shares this list, and ends when no process is left in it.
     getattr(trainer.strategy.launcher, "procs", []).clear()
 
 
@@ -259,7 +266,7 @@ class ConfigWinsCLI(LightningCLI):
 
 
 class _WrappedSource(_DataLoaderSource):
-    """Lightning's source of the train loader (a DataModule, a module or a loader), with a function around it."""
+    """Lightning's source of loaders (a DataModule, a module or a loader), with a function around it."""
 
     def __init__(self, instance: Any, name: str, wrap: Callable[[Any], Any]) -> None:
         super().__init__(instance, name)

@@ -1,16 +1,20 @@
 """The stream between Lightning and the user's train loader."""
 
+import os
 import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
-from puma_lightning.training.lightning_internals import wrap_train_loader
+from puma_lightning.training.lightning_internals import wrap_loaders
 from puma_lightning.training.sequences import CleanSequences, derived_seed
+from puma_lightning.training.stopping import LoaderWorker
 from puma_lightning.training.stream import Stream
 
 if TYPE_CHECKING:
@@ -49,7 +53,7 @@ class StreamLoading:
         warnings.filterwarnings("ignore", message=".*infer the `batch_size` from an ambiguous collection.*")
         seed = derived_seed(shared_seed(trainer), self._fits) if self._fits else shared_seed(trainer)
         self._fits += 1
-        wrap_train_loader(trainer, partial(self.build, module, seed))
+        wrap_loaders(trainer, partial(self.build, module, seed), partial(_outliving_signals, trainer.global_rank))
 
     def build(self, module: "StreamedModule", seed: int, loader: Any) -> Any:
         """Build the stream over the user's train loader.
@@ -114,6 +118,18 @@ class StreamLoading:
         if self._random_before is not None:
             # The seed of the last step is not to be that of what comes next in this process.
             torch.set_rng_state(self._random_before)
+
+
+def _outliving_signals(rank: int, loaders: Any) -> Any:
+    """Have the workers of validation loaders go on when all processes of a run get a signal, see ``LoaderWorker``."""
+    flat = [] if loaders is None else CombinedLoader(loaders).flattened
+    for loader in flat:
+        start = getattr(loader, "worker_init_fn", None)
+        if start is None and int(os.environ.get("PL_SEED_WORKERS", 0)):
+            start = partial(pl_worker_init_function, rank=rank)  # as Lightning does where there is none
+        if isinstance(loader, DataLoader) and not isinstance(start, LoaderWorker):
+            loader.worker_init_fn = LoaderWorker(start)
+    return loaders
 
 
 def steps_in_an_epoch(trainer: pl.Trainer, sequences: CleanSequences) -> int:

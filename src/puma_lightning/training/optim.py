@@ -1,6 +1,7 @@
 """The optimizer of a run: its learning-rate schedule, and clipping."""
 
 import math
+import os
 import pickle
 from collections.abc import Iterable
 from multiprocessing.context import get_spawning_popen
@@ -113,7 +114,7 @@ class Optimization:
         try:
             optimizer = self.optimizer(parameters)
         except ValueError as error:
-            if (reason := sentence_of(error, str(Path(torch.__file__).parent))) is None:
+            if (reason := sentence_of(error, os.path.join(Path(torch.__file__).parent, ""))) is None:
                 raise
             raise ValueError(
                 f"optimizer: expected settings that it takes, got others: {reason}; correct them"

@@ -12,9 +12,11 @@ from puma_lightning.training.finite import first_non_finite, first_non_finite_in
 from puma_lightning.training.lightning_internals import (
     is_in_accumulation_window,
     is_in_step,
+    loads_weights_in_place,
     log_metrics,
     next_logged_step,
     rescale_epoch,
+    scales_gradients,
     unlogged_metrics,
 )
 from puma_lightning.training.logs import KeptRows
@@ -61,7 +63,9 @@ class ExactResume:
         interrupted = trainer.state.status == "interrupted"
         not_finite = None if module.finite.all_finite else "loss"
         gradients = self._accumulated(module, in_step)
-        not_finite = not_finite or first_non_finite_in(checkpoint, module) or first_non_finite(gradients, "gradients")
+        not_finite = not_finite or first_non_finite_in(checkpoint, module)
+        if not scales_gradients(trainer):  # which may be infinite then, and are not used
+            not_finite = not_finite or first_non_finite(gradients, "gradients")
         state = {
             "stream": stream.snapshot(in_step),
             "gradients": gradients,
@@ -144,7 +148,11 @@ class ExactResume:
         stream.restore_from(snapshots)
 
     def restore_gradients(self, module: "StreamedModule") -> None:
-        """Put the gradients back, log what was still to be logged, and go on in the epoch; nothing waits any more."""
+        """Put the gradients back, log what was still to be logged, and go on in the epoch; nothing waits any more.
+
+        Raises:
+            ValueError: If gradients are shared by another number of processes.
+        """
         if self._waiting is not None:
             self.rows.cut(module.trainer, self._rows, next_logged_step(module.trainer))
         else:
@@ -159,6 +167,12 @@ class ExactResume:
                 same = len(saved["groups"]) == len(stream.groups)
                 rescale_epoch(module.trainer, before, stream.num_steps, same)
             gradients = self._waiting_gradients(module.global_rank, module.trainer.world_size)
+            if gradients and len(self._waiting) != module.trainer.world_size and loads_weights_in_place(module.trainer):
+                raise ValueError(
+                    f"devices: expected {len(self._waiting)} processes, each of which has its part of the gradients of "
+                    f"an update that is not finished, got {module.trainer.world_size}; go on with as many, or from a "
+                    "checkpoint saved after an update"
+                )
             for name, parameter in module.named_parameters():
                 if gradients and name in gradients:
                     parameter.grad = _like(parameter, gradients[name])

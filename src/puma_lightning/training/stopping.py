@@ -1,9 +1,14 @@
 """A run that is asked to end saves where it is, says how to go on, and ends."""
 
+import atexit
+import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -49,17 +54,40 @@ class LoaderWorker:
     def __init__(self, start: Callable[[int], None] | None) -> None:
         self._start = start
         self._asked = False
+        self._over: Any = None
+        _end_workers_at_exit()
 
     def __call__(self, worker: int) -> None:
+        # By this event its loader tells a worker to end; only the loop that calls this has it.
+        self._over = sys._getframe(1).f_locals.get("done_event")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
         if self._start is not None:
             self._start(worker)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._asked or (self._over is not None and self._over.is_set()):
             os._exit(0)  # a worker has nothing to lose
         self._asked = True
+
+
+@lru_cache(maxsize=1)
+def _end_workers_at_exit() -> None:
+    # multiprocessing would wait for ever for one that is stuck where Python does not see the signal.
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    for _ in range(2):
+        for worker in workers:
+            worker.terminate()
+        time.sleep(0.05 if workers else 0)
+    end = time.monotonic() + 1
+    for worker in workers:
+        worker.join(max(0.0, end - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
 
 
 class GracefulStop:

@@ -1,6 +1,6 @@
 """The student's chain in block diffusion: blocks from the left, the positions of a block in any order."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -105,9 +105,11 @@ class BlockSampler:
         start = int(first[rows].min())
         if start:
             model.read(tokens[rows, : start * block_size], block_size)
+        # A sampler of one's own may know nothing of an EOS.
+        ends: dict[str, Any] = {"eos_id": eos_id} if getattr(self.within, "end_at_eos", False) else {}
         for block in range(start, to_fill.shape[1]):
             here = slice(block * block_size, (block + 1) * block_size)
-            sample = self.within(model, tokens[rows, here], mask_id, generator, eos_id)
+            sample = self.within(model, tokens[rows, here], mask_id, generator, **ends)
             filled = masked[rows, here]
             tokens[rows, here] = sample.tokens
             reveal_step[rows, here] = torch.where(filled, nfe[rows, None] + sample.reveal_step, -1)
