@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -317,6 +318,9 @@ def main(args: ArgsType = None) -> None:
             parser_kwargs={"version": puma_lightning.__version__},
             args=args,
         )
+        if torch.distributed.is_initialized():
+            # Threads of PyTorch's that outlive Python abort the process now and then.
+            torch.distributed.destroy_process_group()
     except Stopped as stopped:
         if stopped.checkpoint is not None and not getattr(rank_zero_only, "rank", 0):
             given = list(args) if isinstance(args, list) else sys.argv[1:]

@@ -48,8 +48,8 @@ def main() -> int:
                 _one(seed, folder, results, arguments)
                 seed += arguments.jobs
             os._exit(0)
-    _watch(results, end, arguments)
-    return _summarise(results, folder)
+    whole = _watch(results, end, arguments)
+    return _summarise(results, folder) or int(not whole)
 
 
 def _one(seed: int, folder: Path, results: Path, arguments: argparse.Namespace) -> None:
@@ -64,15 +64,19 @@ def _one(seed: int, folder: Path, results: Path, arguments: argparse.Namespace) 
         clean(where)
 
 
-def _watch(results: Path, end: float, arguments: argparse.Namespace) -> None:
+def _watch(results: Path, end: float, arguments: argparse.Namespace) -> bool:
+    """Show how far the jobs are until they end, and return whether they ended well."""
+    whole = True
     with tqdm(total=arguments.trials, desc="Trials") as bar:
         jobs = arguments.jobs
         while jobs:
-            if os.waitpid(-1, os.WNOHANG)[0]:
-                jobs -= 1
+            job, status = os.waitpid(-1, os.WNOHANG)
+            if job:
+                jobs, whole = jobs - 1, whole and status == 0
             time.sleep(0.2)
             bar.n = len(results.read_text().splitlines()) if results.exists() else 0
             bar.set_postfix_str(f"{max(0.0, end - time.monotonic()) / 60:.1f} min left")
+    return whole
 
 
 def _summarise(results: Path, folder: Path) -> int:

@@ -38,6 +38,9 @@ def random_config(rng: random.Random, processes: int | None = None) -> Config:
         "generate": rng.random() < 0.3,
         "val_check_interval": rng.choice([None, 0.5, 0.34]),
         "limit_train_batches": rng.choice([None, None, 0.5, 7]),
+        "overfit_batches": rng.choice([0, 0, 0, 0, 3]),
+        "padding": rng.choice(["first_eos", "none"]),
+        "end_at_eos": rng.random() < 0.3 and not data.startswith("sudoku"),
         "seed": rng.randrange(1000),
         "processes": processes or rng.choice([1, 1, 2]),
     }

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,11 @@ from tests.soak.run import POISONED, contents, train
 GRACE = 10.0  # seconds within which a run that is asked to end must have ended
 LIMIT = 60.0  # seconds after which a run that nobody disturbed is said to hang
 ENDS = ("chains 0", "end 0")
-WAYS = ("kill", "kill in a save", "term", "interrupt", "kill one", "term one", "interrupt one", "poison")
+# All: to the workers of loaders too, as a scheduler or a terminal sends it.
+WAYS = (
+    *("kill", "kill in a save", "term", "term all", "interrupt", "interrupt all"),
+    *("kill one", "term one", "interrupt one", "poison"),
+)
 DAMAGES = 4  # copies of the last checkpoint in each of which a bit is flipped
 ASKED = {signal.SIGTERM: 143, signal.SIGINT: 130}  # what a run exits with that ended as it was asked to
 
@@ -52,17 +57,20 @@ class Run:
         self, config: Config, folder: Path, shared: Path, ckpt: Path | None, poison: int | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        self.config, self.folder = config, folder
         self.said = {path.name: path.stat().st_size for path in folder.glob("output.*.txt")}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.living = {}
         self.codes: dict[int, int] = {}
+        self.group = 0  # of the processes of this run
         for rank in range(config["processes"]):
             pid = os.fork()
             if not pid:
                 _child(config, folder, shared, ckpt, rank, port, poison)
+            self.group = self.group or pid
+            os.setpgid(pid, self.group)
             self.living[rank] = pid
 
     def poll(self) -> bool:
@@ -83,8 +91,13 @@ class Run:
             time.sleep(0.005)
         return True
 
+    def send_to_all(self, number: int) -> None:
+        """Send a signal to all processes of the run and to those that they have started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.group, number)
+
     def send(self, number: int, ranks: list[int] | None = None) -> None:
-        """Send a signal to some processes, or to all."""
+        """Send a signal to some ranks, or to all."""
         for rank, pid in self.living.items():
             if ranks is None or rank in ranks:
                 os.kill(pid, number)
@@ -243,11 +256,16 @@ def _disturb(run: Run, way: str, rng: random.Random, duration: float, result: Tr
         run.wait(rng.uniform(0, duration))
     if run.poll():
         result.kills.append(f"{way}: too late")
+        if any(run.codes.values()):
+            result.wrong.append(f"ended by itself with {run.codes}")
         return
     number = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "inte": signal.SIGINT}[way[:4]]
     whom = [rng.choice(ranks)] if way.endswith("one") else None
     begun = time.monotonic()
-    run.send(number, whom)
+    if way.endswith("all"):
+        run.send_to_all(number)
+    else:
+        run.send(number, whom)
     in_time = run.wait(GRACE)
     said = f"{way}: {time.monotonic() - begun:.1f} s, {run.codes}"
     result.kills.append(said)
@@ -257,8 +275,16 @@ def _disturb(run: Run, way: str, rng: random.Random, duration: float, result: Tr
     elif not in_time:
         result.wrong.append(f"not ended after {GRACE:.0f} s: {said}, of {len(ranks)}")
         run.kill()
-    elif number in ASKED and run.heard() and any(code not in (0, ASKED[number]) for code in run.codes.values()):
+    elif number in ASKED and any(code not in _right_codes(run, number) for code in run.codes.values()):
         result.wrong.append(f"exit code: {said}")
+
+
+def _right_codes(run: Run, number: int) -> tuple[int, ...]:
+    """Return what processes may exit with that were asked to end: while they train, or before, by the signal itself."""
+    if run.heard():
+        return (0, ASKED[number])
+    before = (1, -number) if number == signal.SIGINT else (-number,)  # Ctrl-C is an exception there
+    return (0, *before) if run.config["processes"] == 1 else (0, 1, *before)  # the others lose the one that is gone
 
 
 def _checkpoint(folder: Path, rng: random.Random) -> Path | None:

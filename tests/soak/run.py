@@ -61,6 +61,8 @@ def datamodule(config: Config, shared: Path) -> pl.LightningDataModule:
     if config["data"] == "ragged":
         return Ragged(config["batch_size"], config["workers"], config["num_train"])
     packed, streaming = config["data"] == "packed", config["data"] == "stream"
+    if not packed:
+        common["padding"] = config.get("padding", "first_eos")
     if streaming:
         number = common.pop("num_train")
         common |= {"streaming": True, "num_sequences": number, "shuffle_buffer": 20}
@@ -119,6 +121,7 @@ def train(
         precision=config["precision"],
         val_check_interval=config["val_check_interval"],
         limit_train_batches=config["limit_train_batches"],
+        overfit_batches=config["overfit_batches"],
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         enable_progress_bar=False,
@@ -156,10 +159,13 @@ def _module(config: Config, data: Any) -> pl.LightningModule:
     if kind == "left to right":
         return AutoregressiveLM(backbone, data.mask_id, sampler=LeftToRightSampler(temperature=1.0), **common)
     common["forward_process"] = _process(**config["process"])
+    within = Sampler(tokens_per_step=4, end_at_eos=config["end_at_eos"])
+    if config["end_at_eos"]:
+        common["eos_id"] = getattr(data, "eos_id", 0)
     if kind == "block":
-        sampler = BlockSampler(within=Sampler(tokens_per_step=4))
+        sampler = BlockSampler(within)
         return BlockDiffusion(backbone, data.mask_id, config["block_size"], sampler=sampler, **common)
-    sampler = Sampler(tokens_per_step=4)
+    sampler = within
     return MaskedDiffusion(backbone, data.mask_id, sampler=sampler, shifted=config["shifted"], **common)
 
 
