@@ -100,8 +100,8 @@ def test_a_file_may_be_read_by_whom_the_user_lets(tmp_path):
 
 def test_what_the_dead_leave_is_cleared_away_and_what_the_living_write_is_not(tmp_path):
     """The living hold a lock, whatever their process id is in their own container."""
-    dead = tmp_path / f".last.ckpt.dead{UNFINISHED}"
-    living = tmp_path / f".last.ckpt.living{UNFINISHED}"
+    dead = tmp_path / f".last.ckpt.0123456789ab{UNFINISHED}"
+    living = tmp_path / f".last.ckpt.ba9876543210{UNFINISHED}"
     dead.write_text("half")
     living.write_text("half")
     with living.open() as file:
