@@ -577,6 +577,16 @@ def test_a_resume_does_not_need_the_file_of_init_from(tmp_path):
     run(tmp_path, tmp_path / "batch3.ckpt", **options)
 
 
+@pytest.mark.parametrize("block_size", [4, [[0, 2], [4, 3], [8, 4]]])
+def test_a_run_resumes_whose_blocks_do_not_divide_its_sequences(tmp_path, block_size):
+    """Its slots are longer than all of them."""
+    whole = run(tmp_path, save_at=(5,), block_size=block_size, length=10)[0]
+    rest = run(tmp_path, tmp_path / "batch5.ckpt", block_size=block_size, length=10)[0]
+    assert rest.losses == {index: loss for index, loss in whole.losses.items() if index > 5}
+    with pytest.raises(ValueError, match=r"sequence length: expected 10, as in the checkpoint, got 9"):
+        run(tmp_path, tmp_path / "batch5.ckpt", block_size=block_size, length=9)
+
+
 def test_no_worker_outlives_fit(tmp_path):
     """Lightning stops the workers of the loaders that it knows."""
     trainer = run(tmp_path, workers=2, max_steps=2)[2]

@@ -337,11 +337,12 @@ class Stream:
         for i, chains in enumerate(groups):
             if chains is None:
                 continue
-            if not self.sequences.lengths_vary:
-                check_same("sequence length", chains.num_blocks * chains.x0.shape[1], coming)
             real = chains.with_attention().attention_mask
             assert real is not None
             self._lengths[i] = join_blocks(real, chains.num_blocks).sum(1)
+            if not self.sequences.lengths_vary:
+                # Not that of the slots, which are padded where no block size divides it.
+                check_same("sequence length", int(self._lengths[i].max()), coming)
             groups[i] = self._with_room(chains)
         self.seed = snapshot["seed"]
         self.step = snapshot["step"]
