@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -84,7 +84,7 @@ def run(folder: Path | None, *callbacks: pl.Callback, ckpt: Path | None = None, 
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=bool(folder),
+        enable_checkpointing=bool(folder or any(isinstance(each, ModelCheckpoint) for each in callbacks)),
         callbacks=[*average, losses, *callbacks, *save],
     )
     trainer.fit(module, loader, loader, ckpt_path=ckpt)
@@ -106,6 +106,26 @@ def test_a_signal_saves_after_the_batch_and_a_resumed_run_is_the_undisturbed_one
     assert rest.train == {index: loss for index, loss in whole.train.items() if index > at}
     assert rest.validation == {index: loss for index, loss in whole.validation.items() if index >= at}
     assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+
+
+class Fails(pl.Callback):
+    """Raises in a validation, once a checkpoint has been saved."""
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == 7:
+            raise RuntimeError("worker gone")
+
+
+def test_an_exception_in_a_validation_saves_no_averaged_weights_as_the_others(tmp_path):
+    """The checkpoint before it stays the one to go on from."""
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_last=True)
+    whole, _ = run(None)
+    with pytest.raises(RuntimeError, match="worker gone"):
+        run(None, Fails(), save, OnExceptionCheckpoint(tmp_path))
+    saved = sorted(path.name for path in tmp_path.glob("*.ckpt"))
+    rest, _ = run(None, ckpt=tmp_path / "last.ckpt")
+    assert rest.train == {index: loss for index, loss in whole.train.items() if index in rest.train}
+    assert 8 in rest.train and saved == ["last.ckpt", "step=4.ckpt"]
 
 
 class Struck(Dataset):

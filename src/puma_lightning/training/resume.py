@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -102,6 +103,9 @@ class ExactResume:
         """Say why a run could not go on exactly from where an exception stopped it; None if it could."""
         if module.trainer.world_size > 1:
             return "an exception stopped one process, and where the others are is not known"
+        averages = any(isinstance(callback, WeightAveraging) for callback in module.trainer.callbacks)  # type: ignore[attr-defined]
+        if module.trainer.validating and averages:
+            return "the exception fell into a validation, for which averaged weights had taken the place of the others"
         if in_step and self._optimizer_at == module.stream.step:
             return "the exception fell into the optimizer's step, when some weights had changed"
         if in_step and self._backward_at == module.stream.step and is_in_accumulation_window(module.trainer, in_step):
