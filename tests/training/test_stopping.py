@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from puma_lightning.cli import newest_checkpoint, resume_command
 from puma_lightning.modules import MaskedDiffusion
-from puma_lightning.training.stopping import GracefulStop, LoaderWorker, Stopped
+from puma_lightning.training.stopping import GracefulStop, LoaderWorker, Stopped, loader_context
 
 V, MASK, LENGTH = 6, 5, 8
 
@@ -169,6 +169,38 @@ def test_the_workers_of_validation_loaders_go_on_too(tmp_path):
         trainer = pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **quiet)
         trainer.fit(MaskedDiffusion(Backbone(), MASK, scheduler=None), DataLoader(rows, 4), loaders)
         assert trainer.global_step == 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_just_being_started_goes_on_too(monkeypatch, number):
+    """The signal waits until the worker has learned to live with it."""
+    mine, set_num_threads = os.getpid(), torch.set_num_threads
+
+    def struck(threads: int) -> None:  # the first that a worker does, before it calls any function of its loader
+        if os.getpid() != mine:
+            os.kill(os.getpid(), number)
+        set_num_threads(threads)
+
+    monkeypatch.setattr(torch, "set_num_threads", struck)
+    rows = [{"input_ids": torch.full((LENGTH,), i % MASK)} for i in range(32)]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **quiet)
+    loaders = [DataLoader(rows, 4, num_workers=2, multiprocessing_context=name) for name in (None, "fork")]
+    trainer.fit(MaskedDiffusion(Backbone(), MASK, scheduler=None), loaders[0], loaders)
+    assert trainer.global_step == 8
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
+
+
+def test_a_spawned_worker_is_given_what_starts_it():
+    """Which is pickled."""
+    loader = DataLoader(
+        torch.arange(4),
+        2,
+        num_workers=1,
+        worker_init_fn=LoaderWorker(None),
+        multiprocessing_context=loader_context(loader_context(multiprocessing.get_context("spawn"))),
+    )
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
 
 
 def test_a_worker_whose_loader_is_done_ends_at_the_first_signal():
@@ -355,9 +387,10 @@ def test_processes_may_be_started_in_any_way(tmp_path):
     """By a launcher, spawned, or forked: the exchange of signals is over before any of them ends."""
     (tmp_path / "run.py").write_text(SCRIPT)
     said = {}
+    threads = os.environ | {"OMP_NUM_THREADS": "2"}  # of which forked processes have none
     for strategy in ("ddp", "ddp_spawn", "ddp_notebook"):
         command = [sys.executable, str(tmp_path / "run.py"), strategy]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=threads)
         assert done.returncode == 0, f"{strategy}: {done.stderr[-3000:]}"
         said[strategy] = [line for line in done.stdout.splitlines() if line.startswith("weights")]
     assert said["ddp_spawn"] == said["ddp_notebook"] and len(said["ddp"]) == 1

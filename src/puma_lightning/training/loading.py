@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from puma_lightning.training.lightning_internals import wrap_loaders
 from puma_lightning.training.sequences import CleanSequences, derived_seed
-from puma_lightning.training.stopping import LoaderWorker
+from puma_lightning.training.stopping import LoaderWorker, loader_context
 from puma_lightning.training.stream import Stream
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def _outliving_signals(rank: int, loaders: Any) -> Any:
             start = partial(pl_worker_init_function, rank=rank)  # as Lightning does where there is none
         if isinstance(loader, DataLoader) and not isinstance(start, LoaderWorker):
             loader.worker_init_fn = LoaderWorker(start)
+            if loader.num_workers:
+                loader.multiprocessing_context = loader_context(loader.multiprocessing_context)
     return loaders
 
 

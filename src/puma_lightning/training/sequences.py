@@ -23,7 +23,7 @@ from puma_lightning.training.iterable import (
     part_of,
     read,
 )
-from puma_lightning.training.stopping import LoaderWorker
+from puma_lightning.training.stopping import LoaderWorker, loader_context
 
 
 def derived_seed(*keys: int) -> int:
@@ -370,7 +370,7 @@ class CleanSequences:
             "num_workers": self._workers,
             "timeout": old.timeout,
             "worker_init_fn": LoaderWorker(old.worker_init_fn),
-            "multiprocessing_context": old.multiprocessing_context,
+            "multiprocessing_context": loader_context(old.multiprocessing_context) if self._workers else None,
             "prefetch_factor": old.prefetch_factor,
         }
         # A generator of its own: iterating must not draw from the global one. The same on all ranks: each may read the

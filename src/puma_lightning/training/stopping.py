@@ -1,6 +1,7 @@
 """A run that is asked to end saves where it is, says how to go on, and ends."""
 
 import atexit
+import copy
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import lru_cache
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,9 @@ from puma_lightning.training.lightning_internals import (
 
 if TYPE_CHECKING:
     from puma_lightning.modules.base import StreamedModule
+
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(SystemExit):
@@ -60,8 +65,10 @@ class LoaderWorker:
     def __call__(self, worker: int) -> None:
         # By this event its loader tells a worker to end; only the loop that calls this has it.
         self._over = sys._getframe(1).f_locals.get("done_event")
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING:
             signal.signal(number, self._note)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # see ``loader_context``
         if self._start is not None:
             self._start(worker)
 
@@ -69,6 +76,41 @@ class LoaderWorker:
         if self._asked or (self._over is not None and self._over.is_set()):
             os._exit(0)  # a worker has nothing to lose
         self._asked = True
+
+
+def loader_context(context: BaseContext | None = None) -> BaseContext:
+    """Return how a loader starts its workers: with the signals held back that ``LoaderWorker`` learns to live with.
+
+    One that came before that would end the worker. They reach the worker then, and this process a moment later.
+
+    Args:
+        context: How they are started otherwise; as everywhere in this process by default.
+    """
+    held: Any = copy.copy(context or multiprocessing.get_context())
+    if hasattr(signal, "pthread_sigmask") and not isinstance(held.Process, _HeldBack):
+        held.Process = _HeldBack(held.Process)
+    return held  # type: ignore[no-any-return]
+
+
+class _HeldBack:
+    """Makes processes that are started with signals held back."""
+
+    def __init__(self, process: Callable[..., Any]) -> None:
+        self._process = process
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        process = self._process(*arguments, **options)
+
+        def start() -> None:
+            del process.start  # a spawned process gets a copy of all that this one has
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        process.start = start
+        return process
 
 
 @lru_cache(maxsize=1)
