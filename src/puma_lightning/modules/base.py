@@ -17,6 +17,7 @@ from puma_lightning.training.checkpoints import check_sums, make_saving_safe
 from puma_lightning.training.finite import FiniteCheck, check_finite_weights
 from puma_lightning.training.host import on_host
 from puma_lightning.training.lightning_internals import (
+    compute_alone_after_fork,
     correct_place,
     count_step_once,
     is_made_by_command_line,
@@ -122,6 +123,7 @@ class StreamedModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Make checkpoints safe; put the stream between Lightning and the user's train loader."""
+        compute_alone_after_fork(self.trainer)
         make_saving_safe(self.trainer)
         keep_double_precision(self.trainer, self)
         if stage == "fit":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
@@ -215,6 +216,16 @@ def end_launched_processes(trainer: pl.Trainer) -> None:
 def trains_elsewhere(trainer: pl.Trainer) -> bool:
     """Tell whether a run is in spawned or forked processes, which bring back weights and no counts."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def compute_alone_after_fork(trainer: pl.Trainer) -> None:
+    """Have a forked process (``ddp_notebook``) compute with one thread.
+
+    The threads of OpenMP are not in it, and it waits for them for ever if the process it comes from had used them.
+    """
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher) and launcher._start_method == "fork":
+        torch.set_num_threads(1)
 
 
 def keep_double_precision(trainer: pl.Trainer, module: pl.LightningModule) -> None:
