@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tests.soak.configs import random_config
+from tests.soak.configs import DATA, NUMBERED, random_config
 from tests.soak.kills import WAYS, clean, trial
 from tests.soak.run import prepare
 
@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="trials at the same time")
     parser.add_argument("--seed", type=int, default=0, help="the first trial's seed; the others count on from there")
     parser.add_argument("--processes", type=int, default=None, help="of each run; 1 or 2 at random by default")
+    parser.add_argument("--data", choices=(*DATA, *NUMBERED), default=None, help="what runs train on; at random")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="how runs are stopped")
     parser.add_argument("--folder", type=Path, default=None, help="where trials are kept that went wrong")
     arguments = parser.parse_args()
@@ -54,7 +55,7 @@ def main() -> int:
 
 def _one(seed: int, folder: Path, results: Path, arguments: argparse.Namespace) -> None:
     rng = random.Random(seed)
-    config = random_config(rng, arguments.processes)
+    config = random_config(rng, arguments.processes, arguments.data)
     where = folder / f"trial-{seed}"
     outcome = trial(config, rng, where, folder / "shared", ways=tuple(arguments.ways))
     line = json.dumps({"seed": seed, **asdict(outcome)}) + "\n"
@@ -84,13 +85,17 @@ def _summarise(results: Path, folder: Path) -> int:
     kills = [kill for each in trials for kill in each["kills"] if not kill.endswith("too late")]
     unlike = [each for each in trials if each["unlike"]]
     wrong = [each for each in trials if each["wrong"]]
+    numbered = sum(each["config"]["data"] in NUMBERED for each in trials)
     two = sum(each["config"]["processes"] > 1 for each in trials)
     print(f"{len(trials)} runs, {two} of them in two processes, stopped {len(kills)} times")
     ways = sorted({kill.split(":")[0] for kill in kills})
     print("  " + ", ".join(f"{way}: {sum(kill.startswith(way + ':') for kill in kills)}" for way in ways))
     damaged = [sum(each["damaged"].get(name, 0) for each in trials) for name in ("refused", "harmless")]
     print(f"  {damaged[0]} damaged checkpoints refused, {damaged[1]} in which nothing that is read had changed")
-    print(f"  {len(trials) - len(unlike)} of {len(trials)} identical to the run left alone")
+    print(
+        f"  {len(trials) - len(unlike)} of {len(trials)} identical to the run left alone (in {numbered} of them, which "
+        "went on in another number of processes: every sequence once in each pass)"
+    )
     print(f"  {len(trials) - len(wrong)} of {len(trials)} ended when and as they should")
     for each in [*unlike, *(each for each in wrong if each not in unlike)]:
         print(f"seed {each['seed']}, see {folder}/trial-{each['seed']}: {[*each['wrong'], *each['unlike'][:2]]}")

@@ -6,11 +6,15 @@ from typing import Any
 Config = dict[str, Any]
 # Ragged: the user's own loaders of sequences that are padded. Stream: rows tokenised while the model trains on them.
 DATA = ("sudoku", "sudoku sequence", "lines", "packed", "ragged", "stream")
+# Of these each run of a trial has another number of processes, see ``dealt.py``.
+NUMBERED = ("numbered sampler", "numbered stream", "numbered stream without state")
 
 
-def random_config(rng: random.Random, processes: int | None = None) -> Config:
-    """Draw what is trained on what, and how; ``processes`` fixes their number."""
-    data = rng.choice(DATA)
+def random_config(rng: random.Random, processes: int | None = None, data: str | None = None) -> Config:
+    """Draw what is trained on what, and how; ``processes`` fixes their number, ``data`` the data."""
+    drawn = rng.choice((*DATA, rng.choice(NUMBERED)))
+    data = data or drawn
+    numbered = data in NUMBERED
     length = {"sudoku sequence": 32}.get(data, 16)
     # A model from the left needs a given first position.
     kind = rng.choice(["masked", "masked", "block", *(["left to right"] if data == "sudoku sequence" else [])])
@@ -34,16 +38,20 @@ def random_config(rng: random.Random, processes: int | None = None) -> Config:
         "accumulate": accumulate,
         "save_every": rng.randint(1, 5),
         "save_best": rng.random() < 0.4,
-        "save_on_exception": rng.random() < 0.3,
+        "save_on_exception": rng.random() < 0.3 and not numbered,
         "generate": rng.random() < 0.3,
         "val_check_interval": rng.choice([None, 0.5, 0.34]),
         "limit_train_batches": rng.choice([None, None, 0.5, 7]),
-        "overfit_batches": rng.choice([0, 0, 0, 0, 3]),
+        "overfit_batches": rng.choice([0, 0, 0, 0, 3]) if not numbered else 0,
         "padding": rng.choice(["first_eos", "none"]),
-        "end_at_eos": rng.random() < 0.3 and not data.startswith("sudoku"),
+        "end_at_eos": rng.random() < 0.3 and not data.startswith(("sudoku", "numbered")),
         "seed": rng.randrange(1000),
         "processes": processes or rng.choice([1, 1, 2]),
     }
+    if numbered:  # few, so that there are several passes; enough for three processes
+        window = accumulate if isinstance(accumulate, int) else max(accumulate.values())
+        config["num_train"] = max(rng.randint(12, 47), 3 * window * config["batch_size"])
+        steps *= 2
     # Accumulation that changes does so at an epoch.
     in_epochs = isinstance(accumulate, dict) or rng.random() < 0.3
     config |= {"max_epochs": rng.randint(2, 3), "max_steps": -1} if in_epochs else {"max_steps": steps}

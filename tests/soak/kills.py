@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from puma_lightning.training.checkpoints import load_checkpoint
-from tests.soak.configs import Config
+from tests.soak.configs import NUMBERED, Config
+from tests.soak.dealt import compare_passes, random_processes
 from tests.soak.run import POISONED, contents, train
 
 GRACE = 10.0  # seconds within which a run that is asked to end must have ended
@@ -102,10 +103,11 @@ class Run:
             if ranks is None or rank in ranks:
                 os.kill(pid, number)
 
-    def heard(self, words: str = "saving after this batch") -> bool:
-        """Return whether a process said something; that it was asked to end it can say only while it trains."""
-        texts = {path.name: path.read_bytes() for path in self.folder.glob("output.*.txt")}
-        return any(words.encode() in text[self.said.get(name, 0) :] for name, text in texts.items())
+    def heard(self, ranks: list[int], words: str = "saving after this batch") -> list[bool]:
+        """Return whether processes said something; that it was asked to end one can say only while it trains."""
+        paths = [self.folder / f"output.{rank}.txt" for rank in ranks]
+        texts = [path.read_bytes()[self.said.get(path.name, 0) :] if path.exists() else b"" for path in paths]
+        return [words.encode() in text for text in texts]
 
     def kill(self) -> None:
         """End what is left, and have it say where it was."""
@@ -158,10 +160,13 @@ def trial(
         return result
     duration = time.monotonic() - begun
     weights = {"kill": 3, "term": 2}
-    ways = tuple(way for way in ways if config["processes"] > 1 or not way.endswith("one"))
+    numbered = config["data"] in NUMBERED
     for kills_left in range(rng.randint(1, max_kills), -1, -1):
+        if numbered:
+            config = random_processes(config, rng, run=max_kills - kills_left)
+        possible = [way for way in ways if config["processes"] > 1 or not way.endswith("one")]
         ckpt = _checkpoint(folder / "killed", rng)
-        way = rng.choices(ways, [weights.get(way, 1) for way in ways])[0] if kills_left else ""
+        way = rng.choices(possible, [weights.get(way, 1) for way in possible])[0] if kills_left else ""
         poison = rng.randrange(_batches(folder / "alone")) if way == "poison" else None
         run = Run(config, folder / "killed", shared, ckpt, poison)
         if way == "poison":
@@ -176,7 +181,11 @@ def trial(
             if not done:
                 result.wrong.append(f"the last resume, from {ckpt}, ended with {run.codes}")
             break
-    result.unlike = _compare(folder / "alone", folder / "killed", config["processes"])
+    if numbered:
+        parts = [folder / "alone", folder / "killed"]
+        result.unlike = [words for part in parts for words in compare_passes(part, config["num_train"])]
+    else:
+        result.unlike = _compare(folder / "alone", folder / "killed", config["processes"])
     _in_a_fork(lambda: _look_at_checkpoints(folder / "killed", rng, result))
     if (found := folder / "killed" / "checkpoints.json").exists():
         wrong, result.damaged = json.loads(found.read_text())
@@ -231,7 +240,7 @@ def _batches(folder: Path) -> int:
 def _expect_a_stop(run: Run, result: Trial) -> None:
     """Wait for a run whose gradients become NaN."""
     in_time = run.wait(LIMIT)
-    poisoned = run.heard(POISONED)
+    poisoned = any(run.heard([0], POISONED))
     result.kills.append(f"poison: {run.codes}" if poisoned else "poison: too late")
     if not in_time:
         result.wrong.append("poisoned, it hung")
@@ -242,7 +251,6 @@ def _expect_a_stop(run: Run, result: Trial) -> None:
 
 def _disturb(run: Run, way: str, rng: random.Random, duration: float, result: Trial) -> None:
     """Stop a run at a random moment."""
-    ranks = list(run.living)
     if way == "kill in a save":
         folders = [run.folder / "checkpoints", run.folder / "best"]
         saves = rng.randint(1, 4)
@@ -260,7 +268,8 @@ def _disturb(run: Run, way: str, rng: random.Random, duration: float, result: Tr
             result.wrong.append(f"ended by itself with {run.codes}")
         return
     number = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "inte": signal.SIGINT}[way[:4]]
-    whom = [rng.choice(ranks)] if way.endswith("one") else None
+    ranks = sorted(run.living)
+    whom = [rng.choice(ranks)] if way.endswith("one") else ranks
     begun = time.monotonic()
     if way.endswith("all"):
         run.send_to_all(number)
@@ -269,22 +278,23 @@ def _disturb(run: Run, way: str, rng: random.Random, duration: float, result: Tr
     in_time = run.wait(GRACE)
     said = f"{way}: {time.monotonic() - begun:.1f} s, {run.codes}"
     result.kills.append(said)
-    if not in_time and len(ranks) > 1 and not run.heard():
+    if not in_time and len(ranks) > 1 and not all(run.heard(whom)):
         # One that had not begun to train is gone, the others wait for it. Whatever started them would end them.
         run.kill()
     elif not in_time:
         result.wrong.append(f"not ended after {GRACE:.0f} s: {said}, of {len(ranks)}")
         run.kill()
-    elif number in ASKED and any(code not in _right_codes(run, number) for code in run.codes.values()):
+    elif number in ASKED and any(code not in _right_codes(run, number, whom) for code in run.codes.values()):
         result.wrong.append(f"exit code: {said}")
 
 
-def _right_codes(run: Run, number: int) -> tuple[int, ...]:
+def _right_codes(run: Run, number: int, whom: list[int]) -> tuple[int, ...]:
     """Return what processes may exit with that were asked to end: while they train, or before, by the signal itself."""
-    if run.heard():
+    if all(run.heard(whom)):
         return (0, ASKED[number])
     before = (1, -number) if number == signal.SIGINT else (-number,)  # Ctrl-C is an exception there
-    return (0, *before) if run.config["processes"] == 1 else (0, 1, *before)  # the others lose the one that is gone
+    # The others lose the one that is gone.
+    return (0, *before) if run.config["processes"] == 1 else (0, 1, ASKED[number], *before)
 
 
 def _checkpoint(folder: Path, rng: random.Random) -> Path | None:

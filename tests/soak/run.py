@@ -30,7 +30,8 @@ from puma_lightning.metrics.sudoku import SudokuSolved
 from puma_lightning.models import TransformerBackbone
 from puma_lightning.modules import AutoregressiveLM, BlockDiffusion, MaskedDiffusion
 from puma_lightning.training.optim import WarmupCosine
-from tests.soak.configs import DATA, Config
+from tests.soak.configs import DATA, NUMBERED, Config
+from tests.soak.dealt import Finished, Numbered
 
 POISONED = "a gradient is NaN from here on"
 LINES = [f"{a} and {b} are {a + b}" for a in range(12) for b in range(10)]
@@ -60,6 +61,8 @@ def datamodule(config: Config, shared: Path) -> pl.LightningDataModule:
         return SudokuDataModule(order=4, layout=layout, augment=1, **common)
     if config["data"] == "ragged":
         return Ragged(config["batch_size"], config["workers"], config["num_train"])
+    if config["data"] in NUMBERED:
+        return Numbered(config["data"], config["batch_size"], config["workers"], config["num_train"])
     packed, streaming = config["data"] == "packed", config["data"] == "stream"
     if not packed:
         common["padding"] = config.get("padding", "first_eos")
@@ -127,7 +130,7 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
         logger=CSVLogger(folder / "logs", name="", version=0, flush_logs_every_n_steps=7),
-        callbacks=_callbacks(config, folder, record),
+        callbacks=_callbacks(config, folder, record, rank),
     )
     if poison is not None and rank == 0:
         trainer.callbacks.append(Poison(poison, record))
@@ -178,9 +181,11 @@ def _process(name: str, num_stages: Any = None, threshold: float | None = None, 
     return kind(num_stages=num_stages, threshold=threshold, policy=getattr(policies, policy)())
 
 
-def _callbacks(config: Config, folder: Path, record: "Record") -> list[pl.Callback]:
+def _callbacks(config: Config, folder: Path, record: "Record", rank: int) -> list[pl.Callback]:
     accumulate = config["accumulate"]
     callbacks: list[pl.Callback] = [record]
+    if config["data"] in NUMBERED:
+        callbacks.append(Finished(folder / f"finished.{rank}.jsonl", config.get("run", 0)))
     if isinstance(accumulate, dict):
         callbacks.append(GradientAccumulationScheduler({int(epoch): n for epoch, n in accumulate.items()}))
     if config["ema"]:
