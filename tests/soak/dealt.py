@@ -168,22 +168,22 @@ class Finished(pl.Callback):
 def compare_passes(folder: Path, size: int) -> list[str]:
     """Say which sequences were trained on twice or never, in the runs that led to the last one's end."""
     lines = [json.loads(text) for path in sorted(folder.glob("finished.*.jsonl")) for text in _whole_lines(path)]
-    last = max((line["run"] for line in lines if line["kind"] == "held"), default=None)
-    if last is None:
-        return ["no run came to its end"]
     begun = {line["run"]: line["after"] for line in lines if line["kind"] == "begin"}
-    upto, run = {last: 10**9}, last  # of each run that counts, how many batches do
+    run = max(begun)
+    upto = {run: 10**9}  # of each run that counts, how many batches do
     while begun[run]:
         upto[begun[run]["run"]], run = begun[run]["batches"], begun[run]["run"]
     finished: Counter[tuple[int, int]] = Counter()
     for line in lines:
         if line["kind"] == "finished" and line["batch"] <= upto.get(line["run"], 0):
             finished.update(map(tuple, line["finished"]))
-    held = [[tuple(name) for name in line["held"]] for line in lines if line["kind"] == "held" and line["run"] == last]
+    ended = max((line["run"] for line in lines if line["kind"] == "held" and line["run"] in upto), default=None)
+    held = [[tuple(name) for name in line["held"]] for line in lines if line["kind"] == "held" and line["run"] == ended]
     seen = finished + Counter(name for rank in held for name in rank)
     unlike = [f"sequence {number} of pass {time}: {n} times" for (number, time), n in seen.items() if n > 1]
     # A process begins a pass when it has taken its share of the one before, the others a little earlier or later.
-    begun_by_all = min(max((time for _, time in rank), default=0) for rank in held)
+    # A run counted in epochs that was stopped in its very last batch does not say what it held.
+    begun_by_all = min((max((time for _, time in rank), default=0) for rank in held), default=0)
     for time in range(begun_by_all - 1):
         missing = [number for number in range(size) if (number, time) not in seen]
         unlike += [f"pass {time} without {missing}"] if missing else []
