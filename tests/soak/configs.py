@@ -48,9 +48,9 @@ def random_config(rng: random.Random, processes: int | None = None, data: str | 
         "seed": rng.randrange(1000),
         "processes": processes or rng.choice([1, 1, 2]),
     }
-    if numbered:  # few, so that there are several passes; enough for three processes
-        window = accumulate if isinstance(accumulate, int) else max(accumulate.values())
-        config["num_train"] = max(rng.randint(12, 47), 3 * window * config["batch_size"])
+    if numbered:  # few, so that there are several passes; three batches for three processes, so that a third is one
+        config["num_train"] = max(rng.randint(12, 47), 3 * 3 * config["batch_size"])
+        config["limit_train_batches"] = None
         steps *= 2
     # Accumulation that changes does so at an epoch.
     in_epochs = isinstance(accumulate, dict) or rng.random() < 0.3
