@@ -25,7 +25,9 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=None, help="how many trials at most")
     parser.add_argument("--jobs", type=int, default=2, help="trials at the same time")
     parser.add_argument("--seed", type=int, default=0, help="the first trial's seed; the others count on from there")
-    parser.add_argument("--processes", type=int, default=None, help="of each run; 1 or 2 at random by default")
+    parser.add_argument(
+        "--processes", type=int, default=None, help="of each run but those of numbered data; 1 or 2 at random"
+    )
     parser.add_argument("--data", choices=(*DATA, *NUMBERED), default=None, help="what runs train on; at random")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="how runs are stopped")
     parser.add_argument("--folder", type=Path, default=None, help="where trials are kept that went wrong")
@@ -85,7 +87,8 @@ def _summarise(results: Path, folder: Path) -> int:
     kills = [kill for each in trials for kill in each["kills"] if not kill.endswith("too late")]
     unlike = [each for each in trials if each["unlike"]]
     wrong = [each for each in trials if each["wrong"]]
-    numbered = sum(each["config"]["data"] in NUMBERED for each in trials)
+    numbered = [each for each in trials if each["config"]["data"] in NUMBERED and not each["unlike"]]
+    whole = sum(each["passes"] > 0 for each in numbered)
     two = sum(each["config"]["processes"] > 1 for each in trials)
     print(f"{len(trials)} runs, {two} of them in two processes, stopped {len(kills)} times")
     ways = sorted({kill.split(":")[0] for kill in kills})
@@ -93,9 +96,9 @@ def _summarise(results: Path, folder: Path) -> int:
     damaged = [sum(each["damaged"].get(name, 0) for each in trials) for name in ("refused", "harmless")]
     print(f"  {damaged[0]} damaged checkpoints refused, {damaged[1]} in which nothing that is read had changed")
     print(
-        f"  {len(trials) - len(unlike)} of {len(trials)} identical to the run left alone (in {numbered} of them, which "
-        "went on in another number of processes: every sequence once in each pass)"
+        f"  {len(trials) - len(unlike)} of {len(trials)} computed what they should have: what the run left alone did;"
     )
+    print(f"    or, in {len(numbered)}, in other numbers of processes, no sequence of a pass twice ({whole}: or never)")
     print(f"  {len(trials) - len(wrong)} of {len(trials)} ended when and as they should")
     for each in [*unlike, *(each for each in wrong if each not in unlike)]:
         print(f"seed {each['seed']}, see {folder}/trial-{each['seed']}: {[*each['wrong'], *each['unlike'][:2]]}")

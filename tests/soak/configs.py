@@ -49,12 +49,12 @@ def random_config(rng: random.Random, processes: int | None = None, data: str | 
         "processes": processes or rng.choice([1, 1, 2]),
     }
     if numbered:  # few, so that there are several passes; three batches for three processes, so that a third is one
-        config["num_train"] = max(rng.randint(12, 47), 3 * 3 * config["batch_size"])
+        config["num_train"] = 3 * 3 * config["batch_size"] + rng.randrange(3)
         config["limit_train_batches"] = None
-        steps *= 2
+        steps *= 3
     # Accumulation that changes does so at an epoch.
     in_epochs = isinstance(accumulate, dict) or rng.random() < 0.3
-    config |= {"max_epochs": rng.randint(2, 3), "max_steps": -1} if in_epochs else {"max_steps": steps}
+    config |= {"max_epochs": rng.randint(2, 3) * (1 + numbered), "max_steps": -1} if in_epochs else {"max_steps": steps}
     return config
 
 

@@ -127,6 +127,7 @@ class Finished(pl.Callback):
         self._batches = 0
         self._from: dict[str, int] | None = None
         self._now: list[tuple[int, int]] = []
+        self._over = False
 
     def state_dict(self) -> dict[str, int]:
         return {"run": self._run, "batches": self._batches}
@@ -162,13 +163,29 @@ class Finished(pl.Callback):
         for chains in filter(None, stream.groups):
             whole, done = (part.reshape(stream.batch_size, -1) for part in (chains.x0, chains.done))
             held += names(whole[~done.all(1)])
-        self._write(kind="held", held=held)
+        self._write(kind="held", held=held, processes=trainer.world_size)
+        self._over = True
+
+    def teardown(self, trainer, pl_module, stage) -> None:
+        if not self._over:
+            return
+        # What comes next of the data, after what waits: when nothing is saved any more.
+        sequences = pl_module.stream.sequences
+        waiting = sequences.supply()["waiting"]
+        taken = sequences.take(1 + (len(waiting["input_ids"]) if waiting else 0))
+        self._write(kind="next", time=names(taken["input_ids"])[-1][1])
 
 
-def compare_passes(folder: Path, size: int) -> list[str]:
-    """Say which sequences were trained on twice or never, in the runs that led to the last one's end."""
+def compare_passes(folder: Path, size: int) -> tuple[list[str], int]:
+    """Say which sequences were trained on twice or never, in the runs that led to the last one's end.
+
+    Returns:
+        That, in words, and how many passes were looked at as a whole.
+    """
     lines = [json.loads(text) for path in sorted(folder.glob("finished.*.jsonl")) for text in _whole_lines(path)]
     begun = {line["run"]: line["after"] for line in lines if line["kind"] == "begin"}
+    if not begun:
+        return ["no run began to train"], 0
     run = max(begun)
     upto = {run: 10**9}  # of each run that counts, how many batches do
     while begun[run]:
@@ -177,17 +194,20 @@ def compare_passes(folder: Path, size: int) -> list[str]:
     for line in lines:
         if line["kind"] == "finished" and line["batch"] <= upto.get(line["run"], 0):
             finished.update(map(tuple, line["finished"]))
-    ended = max((line["run"] for line in lines if line["kind"] == "held" and line["run"] in upto), default=None)
-    held = [[tuple(name) for name in line["held"]] for line in lines if line["kind"] == "held" and line["run"] == ended]
-    seen = finished + Counter(name for rank in held for name in rank)
-    unlike = [f"sequence {number} of pass {time}: {n} times" for (number, time), n in seen.items() if n > 1]
-    # A process begins a pass when it has taken its share of the one before, the others a little earlier or later.
     # A run counted in epochs that was stopped in its very last batch does not say what it held.
-    begun_by_all = min((max((time for _, time in rank), default=0) for rank in held), default=0)
-    for time in range(begun_by_all - 1):
+    ended = max((line["run"] for line in lines if line["kind"] == "held" and line["run"] in upto), default=None)
+    last = [line for line in lines if line["run"] == ended]
+    held = [line for line in last if line["kind"] == "held"]
+    seen = finished + Counter(tuple(name) for line in held for name in line["held"])
+    unlike = [f"sequence {number} of pass {time}: {n} times" for (number, time), n in seen.items() if n > 1]
+    # Each process has taken its share of all passes before the one that it would read next.
+    following = [line["time"] for line in last if line["kind"] == "next"]
+    if not held or len(following) < held[0]["processes"]:
+        return unlike, 0
+    for time in range(min(following)):
         missing = [number for number in range(size) if (number, time) not in seen]
         unlike += [f"pass {time} without {missing}"] if missing else []
-    return unlike
+    return unlike, min(following)
 
 
 def _whole_lines(path: Path) -> Iterator[str]:

@@ -42,6 +42,7 @@ class Trial:
         wrong: What should not have been, in words; empty if all was right.
         unlike: What differed from the run that was left alone.
         damaged: How many damaged checkpoints were refused, and in how many nothing that is read had changed.
+        passes: Of a run in different numbers of processes, how many passes were looked at as a whole.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Trial:
     wrong: list[str] = field(default_factory=list)
     unlike: list[str] = field(default_factory=list)
     damaged: dict[str, int] = field(default_factory=dict)
+    passes: int = 0
 
 
 class Run:
@@ -164,7 +166,7 @@ def trial(
     for kills_left in range(rng.randint(1, max_kills), -1, -1):
         if numbered:
             config = random_processes(config, rng, run=max_kills - kills_left)
-        possible = [way for way in ways if config["processes"] > 1 or not way.endswith("one")]
+        possible = [way for way in ways if config["processes"] > 1 or not way.endswith("one")] or ["kill"]
         ckpt = _checkpoint(folder / "killed", rng)
         way = rng.choices(possible, [weights.get(way, 1) for way in possible])[0] if kills_left else ""
         poison = rng.randrange(_batches(folder / "alone")) if way == "poison" else None
@@ -182,8 +184,9 @@ def trial(
                 result.wrong.append(f"the last resume, from {ckpt}, ended with {run.codes}")
             break
     if numbered:
-        parts = [folder / "alone", folder / "killed"]
-        result.unlike = [words for part in parts for words in compare_passes(part, config["num_train"])]
+        for part in (folder / "alone", folder / "killed"):
+            unlike, result.passes = compare_passes(part, config["num_train"])
+            result.unlike += unlike
     else:
         result.unlike = _compare(folder / "alone", folder / "killed", config["processes"])
     _in_a_fork(lambda: _look_at_checkpoints(folder / "killed", rng, result))
@@ -278,19 +281,20 @@ def _disturb(run: Run, way: str, rng: random.Random, duration: float, result: Tr
     in_time = run.wait(GRACE)
     said = f"{way}: {time.monotonic() - begun:.1f} s, {run.codes}"
     result.kills.append(said)
-    if not in_time and len(ranks) > 1 and not all(run.heard(whom)):
-        # One that had not begun to train is gone, the others wait for it. Whatever started them would end them.
+    # One that had not begun to train is gone, the others wait for it. Whatever started them would end them.
+    unready = any(run.codes.get(rank) and not heard for rank, heard in zip(whom, run.heard(whom), strict=True))
+    if not in_time and unready:
         run.kill()
     elif not in_time:
         result.wrong.append(f"not ended after {GRACE:.0f} s: {said}, of {len(ranks)}")
         run.kill()
-    elif number in ASKED and any(code not in _right_codes(run, number, whom) for code in run.codes.values()):
+    elif number in ASKED and any(code not in _right_codes(run, number, unready) for code in run.codes.values()):
         result.wrong.append(f"exit code: {said}")
 
 
-def _right_codes(run: Run, number: int, whom: list[int]) -> tuple[int, ...]:
+def _right_codes(run: Run, number: int, unready: bool) -> tuple[int, ...]:
     """Return what processes may exit with that were asked to end: while they train, or before, by the signal itself."""
-    if all(run.heard(whom)):
+    if not unready:
         return (0, ASKED[number])
     before = (1, -number) if number == signal.SIGINT else (-number,)  # Ctrl-C is an exception there
     # The others lose the one that is gone.

@@ -209,6 +209,21 @@ def test_a_flipped_bit_is_never_trained_on(tmp_path, good, trials):
     assert refused > trials  # of twice as many reads
 
 
+def test_every_bit_of_the_end_of_a_file_may_be_flipped(tmp_path, good):
+    """The directory of an archive is there, which tells all readers apart: none raises anything of its own."""
+    whole, data, path = everything_in(good), good.read_bytes(), tmp_path / "flipped.ckpt"
+    for bit in range(8 * (len(data) - 130), 8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            read = load_checkpoint(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            assert same(read, whole)
+
+
 def test_a_cut_or_zeroed_file_is_refused_by_name(tmp_path, good):
     """Wherever it is cut, and whichever block is lost."""
     data, rng = good.read_bytes(), random.Random(0)

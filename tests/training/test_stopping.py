@@ -189,6 +189,31 @@ def test_a_worker_that_is_just_being_started_goes_on_too(monkeypatch, number):
     trainer.fit(MaskedDiffusion(Backbone(), MASK, scheduler=None), loaders[0], loaders)
     assert trainer.global_step == 8
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
+    # The loaders are the user's own again.
+    assert all(loader.worker_init_fn is None for loader in loaders)
+    assert loaders[0].multiprocessing_context is None
+
+
+def test_a_key_that_is_pressed_while_a_worker_starts_blocks_nothing(monkeypatch):
+    """A handler may run, and raise, in the very call that holds signals back, which must be undone all the same."""
+    set_mask = signal.pthread_sigmask
+
+    def pressed(how: int, numbers: Any) -> Any:
+        before = set_mask(how, numbers)
+        if how == signal.SIG_BLOCK and numbers:
+            raise KeyboardInterrupt
+        return before
+
+    process = loader_context(multiprocessing.get_context("fork")).Process(target=time.sleep, args=(0,))
+    monkeypatch.setattr(signal, "pthread_sigmask", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        process.start()
+    assert not set_mask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
+
+
+def test_a_fork_server_is_left_alone():
+    """It would hold signals back for ever, from all that it starts later."""
+    assert type(loader_context(multiprocessing.get_context("forkserver")).Process) is type
 
 
 def test_a_spawned_worker_is_given_what_starts_it():
@@ -365,18 +390,29 @@ import torch
 from torch.utils.data import DataLoader
 from puma_lightning import MaskedDiffusion, TransformerBackbone
 
+class Data(pl.LightningDataModule):
+    def setup(self, stage):
+        (torch.randn(700, 700) + 1).sum()  # as threads share it
+        x0 = torch.randint(5, (24, 8), generator=torch.Generator().manual_seed(0))
+        self.loader = DataLoader([{"input_ids": row} for row in x0], 2)
+
+    def train_dataloader(self):
+        return self.loader
+
+    val_dataloader = train_dataloader
+
+
 if __name__ == "__main__":
     pl.seed_everything(0)
-    x0 = torch.randint(5, (24, 8), generator=torch.Generator().manual_seed(0))
-    loader = DataLoader([{"input_ids": row} for row in x0], 2)
     optimizer = {} if sys.argv[2:] else {"optimizer": partial(torch.optim.AdamW, lr=1e-3)}
     module = MaskedDiffusion(TransformerBackbone(6, 16, 16, num_layers=1, num_heads=2), 5, **optimizer)
+    Data().setup("")
     for times in range(2):  # a second fit prepares the exchange anew
         trainer = pl.Trainer(
             accelerator="cpu", devices=2, strategy=sys.argv[1], max_steps=6, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,
         )
-        trainer.fit(module, loader, loader)
+        trainer.fit(module, Data())
     if trainer.is_global_zero:
         print("weights", sum(weight.double().sum().item() for weight in module.state_dict().values()))
 """

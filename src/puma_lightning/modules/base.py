@@ -116,7 +116,8 @@ class StreamedModule(pl.LightningModule):
     # Data ---------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Add none. It is the first thing that a Trainer asks, before it opens logs."""
+        """Add none. It is the first thing that a Trainer asks, before it opens logs and sets up data."""
+        compute_alone_after_fork(self.trainer)
         if self.trainer.state.fn == "fit":
             self.resume.rows.open(self.trainer)
         return []

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import lightning.pytorch as pl
 import torch
@@ -172,7 +172,7 @@ def check_sums(path: str | Path) -> None:
 
 @lru_cache(maxsize=8)  # the command line looks at a file, Lightning reads it: one look is enough
 def _check_sums(path: str, size: int, *unchanged: int) -> None:
-    if not is_zipfile(path):
+    if not _is_archive(path):
         return  # PyTorch's format before 1.6, which has no checksums; or no checkpoint, which whoever reads it will say
     try:
         with (
@@ -190,8 +190,15 @@ def _check_sums(path: str, size: int, *unchanged: int) -> None:
         ) from error
 
 
+def _is_archive(path: str | Path) -> bool:
+    try:
+        return is_zipfile(path)
+    except BadZipFile:  # a damaged one
+        return True
+
+
 def _unreadable(path: str | Path, error: Exception) -> ValueError:
-    whole = _is_local(path) and is_zipfile(path)
+    whole = _is_local(path) and _is_archive(path)
     cause = "it holds more than tensors and plain types" if whole else "it is truncated, or no checkpoint at all"
     return ValueError(f"{path}: expected a checkpoint, got a file that cannot be read as one: {cause}\n({error})")
 

@@ -27,6 +27,11 @@ class StreamLoading:
     def __init__(self) -> None:
         self._fits = 0
         self._random_before: torch.Tensor | None = None
+        self._changed: list[tuple[DataLoader[Any], Any, Any]] = []  # the user's loaders of validations, as they were
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave loaders out of copies of a module."""
+        return {**vars(self), "_changed": []}
 
     def begin(self, module: "StreamedModule") -> None:
         """Have Lightning iterate a stream instead of the user's train loader.
@@ -53,7 +58,7 @@ class StreamLoading:
         warnings.filterwarnings("ignore", message=".*infer the `batch_size` from an ambiguous collection.*")
         seed = derived_seed(shared_seed(trainer), self._fits) if self._fits else shared_seed(trainer)
         self._fits += 1
-        wrap_loaders(trainer, partial(self.build, module, seed), partial(_outliving_signals, trainer.global_rank))
+        wrap_loaders(trainer, partial(self.build, module, seed), partial(self._outliving_signals, trainer.global_rank))
 
     def build(self, module: "StreamedModule", seed: int, loader: Any) -> Any:
         """Build the stream over the user's train loader.
@@ -115,23 +120,26 @@ class StreamLoading:
         """Let the loader's worker processes end."""
         if hasattr(module, "stream"):
             module.stream.sequences.close()
+        for loader, start, context in self._changed:
+            loader.worker_init_fn, loader.multiprocessing_context = start, context
+        self._changed = []
         if self._random_before is not None:
             # The seed of the last step is not to be that of what comes next in this process.
             torch.set_rng_state(self._random_before)
 
-
-def _outliving_signals(rank: int, loaders: Any) -> Any:
-    """Have the workers of validation loaders go on when all processes of a run get a signal, see ``LoaderWorker``."""
-    flat = [] if loaders is None else CombinedLoader(loaders).flattened
-    for loader in flat:
-        start = getattr(loader, "worker_init_fn", None)
-        if start is None and int(os.environ.get("PL_SEED_WORKERS", 0)):
-            start = partial(pl_worker_init_function, rank=rank)  # as Lightning does where there is none
-        if isinstance(loader, DataLoader) and not isinstance(start, LoaderWorker):
+    def _outliving_signals(self, rank: int, loaders: Any) -> Any:
+        """Have the workers of validation loaders go on when all processes get a signal, see ``LoaderWorker``."""
+        flat = [] if loaders is None else CombinedLoader(loaders).flattened
+        for loader in flat:
+            start = getattr(loader, "worker_init_fn", None)
+            if not isinstance(loader, DataLoader) or not loader.num_workers or isinstance(start, LoaderWorker):
+                continue
+            self._changed.append((loader, start, loader.multiprocessing_context))
+            if start is None and int(os.environ.get("PL_SEED_WORKERS", 0)):
+                start = partial(pl_worker_init_function, rank=rank)  # as Lightning does where there is none
             loader.worker_init_fn = LoaderWorker(start)
-            if loader.num_workers:
-                loader.multiprocessing_context = loader_context(loader.multiprocessing_context)
-    return loaders
+            loader.multiprocessing_context = loader_context(loader.multiprocessing_context)
+        return loaders
 
 
 def steps_in_an_epoch(trainer: pl.Trainer, sequences: CleanSequences) -> int:

@@ -81,13 +81,15 @@ class LoaderWorker:
 def loader_context(context: BaseContext | None = None) -> BaseContext:
     """Return how a loader starts its workers: with the signals held back that ``LoaderWorker`` learns to live with.
 
-    One that came before that would end the worker. They reach the worker then, and this process a moment later.
+    One that came before that would end the worker. It reaches the worker then, and this process a moment later. Only a
+    worker that this process starts itself can be protected: not those of a fork server.
 
     Args:
         context: How they are started otherwise; as everywhere in this process by default.
     """
     held: Any = copy.copy(context or multiprocessing.get_context())
-    if hasattr(signal, "pthread_sigmask") and not isinstance(held.Process, _HeldBack):
+    starts_itself = held.get_start_method() in ("fork", "spawn") and hasattr(signal, "pthread_sigmask")
+    if starts_itself and not isinstance(held.Process, _HeldBack):
         held.Process = _HeldBack(held.Process)
     return held  # type: ignore[no-any-return]
 
@@ -103,8 +105,10 @@ class _HeldBack:
 
         def start() -> None:
             del process.start  # a spawned process gets a copy of all that this one has
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
             try:
+                # A handler may run in here, and raise.
+                signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
                 process.start()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
