@@ -52,6 +52,13 @@ def random_config(rng: random.Random, processes: int | None = None, data: str | 
         config["num_train"] = 3 * 3 * config["batch_size"] + rng.randrange(3)
         config["limit_train_batches"] = None
         steps *= 3
+    # Of the runs that are stopped and resumed some take so many steps at a time, the one left alone does not.
+    several = rng.choice([1, 1, 2, 3])
+    config["steps_per_execution"] = several
+    config["save_every"] *= several
+    steps = -(-steps // several) * several
+    if isinstance(config["limit_train_batches"], int):
+        config["limit_train_batches"] = 6
     # Accumulation that changes does so at an epoch.
     in_epochs = isinstance(accumulate, dict) or rng.random() < 0.3
     config |= {"max_epochs": rng.randint(2, 3) * (1 + numbered), "max_steps": -1} if in_epochs else {"max_steps": steps}

@@ -122,6 +122,8 @@ class Finished(pl.Callback):
     one goes on does not count.
     """
 
+    every_step = True
+
     def __init__(self, path: Path, run: int) -> None:
         self._path, self._run = path, run
         self._batches = 0

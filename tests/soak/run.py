@@ -125,7 +125,7 @@ def train(
         val_check_interval=config["val_check_interval"],
         limit_train_batches=config["limit_train_batches"],
         overfit_batches=config["overfit_batches"],
-        log_every_n_steps=1,
+        log_every_n_steps=config.get("steps_per_execution", 1),
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -158,6 +158,7 @@ def _module(config: Config, data: Any) -> pl.LightningModule:
     common: dict[str, Any] = {
         "optimizer": optimizer,
         "scheduler": partial(WarmupCosine, warmup_steps=3) if config["scheduler"] else None,
+        "steps_per_execution": config.get("steps_per_execution", 1),
     }
     if kind == "left to right":
         return AutoregressiveLM(backbone, data.mask_id, sampler=LeftToRightSampler(temperature=1.0), **common)
@@ -216,6 +217,8 @@ def _samplers(config: Config) -> list:
 
 class Record(pl.Callback):
     """Appends a line for every batch, every validation and the end; a kill costs the last line at most."""
+
+    every_step = True
 
     def __init__(self, path: Path) -> None:
         self._batches = 0

@@ -108,6 +108,24 @@ def test_a_signal_saves_after_the_batch_and_a_resumed_run_is_the_undisturbed_one
     assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
 
 
+class Early(Signal):
+    """Sends it before the first batch."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        os.kill(os.getpid(), self.number)
+
+
+def test_a_signal_before_the_first_batch_acts_after_it(tmp_path):
+    """Lightning's own handler would wait for other processes, which read their first batches."""
+    whole, weights = run(None)
+    with pytest.raises(Stopped) as stopped:
+        run(tmp_path, Early(signal.SIGTERM, -1))
+    assert stopped.value.checkpoint == tmp_path / "last.ckpt"
+    rest, resumed = run(tmp_path, ckpt=tmp_path / "last.ckpt")
+    assert rest.train == {index: loss for index, loss in whole.train.items() if index > 0}
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+
+
 class Fails(pl.Callback):
     """Raises in a validation, once a checkpoint has been saved."""
 

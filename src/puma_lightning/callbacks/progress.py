@@ -35,7 +35,8 @@ class StepProgressBar(TQDMProgressBar):
         """Show the number of optimizer steps taken."""
         bar = self.train_progress_bar
         step = trainer.global_step
-        if self.is_enabled and step != bar.n and (step % self.refresh_rate == 0 or step == bar.total):
+        due = step // self.refresh_rate != bar.n // self.refresh_rate  # callbacks may see one step in many
+        if self.is_enabled and step != bar.n and (due or step == bar.total):
             bar.n = step
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.refresh()

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -36,6 +37,8 @@ class AutoregressiveLM(GenerativeModule):
         scheduler: Called with the optimizer and stepped every optimizer step; null for a constant rate.
         init_from: Weights to start from (not a resume): a checkpoint, a folder with a Qwen2 model in
             safetensors, or its name on the Hugging Face hub.
+        steps_per_execution: Optimizer steps for each time that callbacks and loggers have a turn; ``auto`` for as many
+            as all intervals that are set allow, at most 64. What is learned is the same.
 
     Raises:
         ValueError: If the backbone has no ``vocab_size`` or is not causal, or an id is outside the vocabulary.
@@ -53,8 +56,9 @@ class AutoregressiveLM(GenerativeModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-4, weight_decay=0.01, fused=True),
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         init_from: str | None = None,
+        steps_per_execution: int | Literal["auto"] = 1,
     ) -> None:
-        super().__init__(backbone, NoMasking(), mask_id, optimizer, scheduler, init_from)
+        super().__init__(backbone, NoMasking(), mask_id, optimizer, scheduler, init_from, steps_per_execution)
         if not getattr(backbone, "causal", True):
             raise ValueError(
                 "backbone: expected one that sees earlier positions alone for AutoregressiveLM, got causal = false; "

@@ -1,7 +1,7 @@
 """The LightningModule under all models here: it holds the objects of ``training/`` and lends them Lightning's hooks."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +14,7 @@ from puma_lightning.chain.stages import StepSchedule
 from puma_lightning.chain.teacher import ForwardProcess
 from puma_lightning.output.prediction import Prediction
 from puma_lightning.training.checkpoints import check_sums, make_saving_safe
+from puma_lightning.training.executions import Executions
 from puma_lightning.training.finite import FiniteCheck, check_finite_weights
 from puma_lightning.training.host import on_host
 from puma_lightning.training.lightning_internals import (
@@ -22,6 +23,7 @@ from puma_lightning.training.lightning_internals import (
     count_step_once,
     is_made_by_command_line,
     keep_double_precision,
+    listen_too,
     refuse_missing_last,
     set_accumulation,
     trainer_of,
@@ -51,6 +53,7 @@ class StreamedModule(pl.LightningModule):
         scheduler: Called with the optimizer; stepped every optimizer step.
         init_from: Weights to start from, unless others have been loaded: a checkpoint, a folder with a Qwen2 model, or
             its name on the hub.
+        steps_per_execution: Optimizer steps for each time that callbacks and loggers have a turn, see ``Executions``.
 
     Raises:
         ValueError: If the backbone has no ``vocab_size``, or ``mask_id`` is outside the vocabulary.
@@ -68,6 +71,7 @@ class StreamedModule(pl.LightningModule):
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         init_from: str | None,
+        steps_per_execution: int | Literal["auto"] = 1,
     ) -> None:
         super().__init__()
         if is_made_by_command_line():
@@ -95,6 +99,7 @@ class StreamedModule(pl.LightningModule):
         self.resume = ExactResume()
         self.finite = FiniteCheck()
         self.stopping = GracefulStop()
+        self.executions = Executions(steps_per_execution)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the stream out of copies of the module, such as EMA makes: they are not trained."""
@@ -128,11 +133,14 @@ class StreamedModule(pl.LightningModule):
         make_saving_safe(self.trainer)
         keep_double_precision(self.trainer, self)
         if stage == "fit":
+            listen_too(self.trainer, self.stopping.begin)
+            self.executions.number(self.trainer)  # refuses what does not fit
             self.loading.begin(self)
 
     def teardown(self, stage: str) -> None:
         """Let the loader's worker processes end, and listen to signals no more."""
         self.stopping.end()
+        self.executions.end()
         if stage == "fit":
             self.loading.end(self)
 
@@ -146,8 +154,6 @@ class StreamedModule(pl.LightningModule):
         """
         self.starting_weights.load_once(self)
         check_finite_weights(self, self.trainer)
-        if self.trainer.sanity_checking:
-            self.stopping.begin(self.trainer)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
@@ -180,12 +186,12 @@ class StreamedModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Begin where the checkpoint was saved, if the run is resumed."""
         self.finite.reset()
-        self.stopping.begin(self.trainer)
         self.stopping.connect(self.trainer)
         set_accumulation(self.trainer)
         # Only now: Lightning clears all gradients while it sets up.
         self.resume.restore_gradients(self)
         correct_place(self.trainer)
+        self.executions.begin(self)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tie dropout, and whatever else draws from the global generators, to (seed, rank, step)."""
@@ -206,7 +212,8 @@ class StreamedModule(pl.LightningModule):
         """
         self.finite.observe(loss, self.trainer)
         self.stream.advance(predictions, self.global_step)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        if (mean := self.executions.note(loss)) is not None:
+            self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Remember whose gradients there are from here on."""

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,8 @@ class BlockDiffusion(MaskedDiffusion):
             autoregressive model, a folder with a Qwen2 model in safetensors, or its name on the Hugging Face hub.
         shifted: Whether the backbone predicts position i+1 at position i, as it does when it is initialised from
             an autoregressive model. The first position of a block is then predicted at the clean one before it.
+        steps_per_execution: Optimizer steps for each time that callbacks and loggers have a turn; ``auto`` for as many
+            as all intervals that are set allow, at most 64. What is learned is the same.
 
     Raises:
         ValueError: If the backbone or the sampler cannot be used, an id is outside the vocabulary, or ``block_size`` is
@@ -70,12 +72,22 @@ class BlockDiffusion(MaskedDiffusion):
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         init_from: str | None = None,
         shifted: bool = False,
+        steps_per_execution: int | Literal["auto"] = 1,
     ) -> None:
         schedule = StepSchedule("block_size", block_size)
         _check_backbone(backbone)
         super().__init__(
-            backbone, mask_id, forward_process, sampler, optimizer, scheduler, init_from, shifted, eos_id  # type: ignore[arg-type]
-        )  # fmt: skip
+            backbone,
+            mask_id,
+            forward_process,
+            sampler,  # type: ignore[arg-type]
+            optimizer,
+            scheduler,
+            init_from,
+            shifted,
+            eos_id,
+            steps_per_execution,
+        )
         self.block_size: StepSchedule = schedule
         self.check_sampler(sampler)
 

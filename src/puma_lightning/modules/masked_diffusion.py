@@ -1,7 +1,7 @@
 """Masked diffusion: a model that fills in sequences in any order."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -37,6 +37,8 @@ class MaskedDiffusion(GenerativeModule):
             an autoregressive model. Loss, policies and samplers see logits aligned with positions all the same.
         eos_id: The token that ends an answer, for samplers that ``end_at_eos``; null if there is none. Linked to the
             DataModule's.
+        steps_per_execution: Optimizer steps for each time that callbacks and loggers have a turn; ``auto`` for as many
+            as all intervals that are set allow, at most 64. What is learned is the same.
 
     Raises:
         ValueError: If the backbone has no ``vocab_size`` or is causal, or an id is outside the vocabulary.
@@ -55,8 +57,9 @@ class MaskedDiffusion(GenerativeModule):
         init_from: str | None = None,
         shifted: bool = False,
         eos_id: int | None = None,
+        steps_per_execution: int | Literal["auto"] = 1,
     ) -> None:
-        super().__init__(backbone, forward_process, mask_id, optimizer, scheduler, init_from)
+        super().__init__(backbone, forward_process, mask_id, optimizer, scheduler, init_from, steps_per_execution)
         if getattr(backbone, "causal", False):
             raise ValueError(
                 f"backbone: expected one that sees all positions for {type(self).__name__}, got a causal one; set "

@@ -4,13 +4,14 @@ Nothing else in this package touches them. If a new version of Lightning breaks 
 """
 
 import signal
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import CSVLogger
@@ -20,6 +21,7 @@ from lightning.pytorch.loops.training_epoch_loop import RestartStage as Training
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 
 
@@ -197,6 +199,21 @@ def next_logged_step(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def listen_too(trainer: pl.Trainer, begin: Callable[[pl.Trainer], None]) -> None:
+    """Have a function called as soon as Lightning has set its handlers of signals, in the fit that is being set up.
+
+    On SIGTERM Lightning's own waits for other processes, which may be waiting for this one.
+    """
+    connector = trainer._signal_connector
+
+    def register() -> None:
+        del connector.register_signal_handlers
+        connector.register_signal_handlers()
+        begin(trainer)
+
+    connector.register_signal_handlers = register  # type: ignore[method-assign]
+
+
 def forget_sigterm(trainer: pl.Trainer) -> None:
     """Have Lightning not end a run on a SIGTERM that its own handler has seen."""
     trainer._signal_connector.received_sigterm = False
@@ -264,6 +281,95 @@ def rescale_epoch(trainer: pl.Trainer, before: int, now: int, same_windows: bool
         there = max(0, windows) * window + part
     for name in ("ready", "started", "processed", "completed"):
         setattr(progress, name, max(0, getattr(progress, name) + there - ready))
+
+
+def saving_intervals(trainer: pl.Trainer) -> dict[str, int]:
+    """Return after how many optimizer steps checkpoints are saved, by what that is set with."""
+    every = {saver._every_n_train_steps for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)}
+    return {f"every_n_train_steps {number}": number for number in sorted(every) if number > 0}
+
+
+class StepsBetween:
+    """Has Lightning's training loop take steps before each of its own, without a turn for callbacks and loggers.
+
+    Args:
+        trainer: The Trainer of a run that begins.
+        steps: Callbacks have their turn when the number of optimizer steps is a multiple of this.
+
+    Attributes:
+        within: Whether the step that is being taken is one of them.
+    """
+
+    def __init__(self, trainer: pl.Trainer, steps: int) -> None:
+        self.within = False
+        self._trainer, self._steps = trainer, steps
+        self._epoch = trainer.fit_loop.epoch_loop
+        self._advance = self._epoch.advance
+        self._epoch.advance = self._several  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Leave the loop as it was."""
+        if "advance" in vars(self._epoch):
+            del self._epoch.advance
+
+    def _several(self, data_fetcher: Any) -> None:
+        # A resumed run may have to validate first.
+        while not self._epoch.restarting and not self._is_turn(data_fetcher):
+            self.within = True
+            try:
+                self._step(data_fetcher)
+            finally:
+                self.within = False
+        self._advance(data_fetcher)
+
+    def _is_turn(self, data_fetcher: Any) -> bool:
+        """Tell whether callbacks have their turn after the next batch."""
+        trainer, epoch = self._trainer, self._epoch
+        batch = epoch.batch_progress.current.ready + 1
+        in_data = data_fetcher.length is not None and data_fetcher.fetched + 1 >= data_fetcher.length
+        if in_data or batch >= trainer.num_training_batches:
+            return True
+        every = trainer.val_check_batch
+        if trainer.enable_validation and every not in (None, float("inf")):
+            counted = epoch.total_batch_idx + 2 if trainer.check_val_every_n_epoch is None else batch
+            if counted % every == 0:
+                return True
+        if batch % trainer.accumulate_grad_batches:
+            return False
+        step = epoch.global_step + 1
+        return step % self._steps == 0 or step == trainer.max_steps
+
+    def _step(self, data_fetcher: Any) -> None:
+        """Do with a batch what Lightning does, all but the turn of callbacks and loggers."""
+        trainer, epoch = self._trainer, self._epoch
+        module, progress = trainer.lightning_module, epoch.batch_progress
+        batch, _, _ = next(data_fetcher)
+        index = epoch.batch_idx + 1
+        progress.is_last_batch = data_fetcher.done
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        progress.increment_ready()
+        trainer._logger_connector.on_batch_start(batch)
+        if call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, index) == -1:
+            progress.increment_by(0, is_last_batch=True)
+            progress.increment_processed()
+            raise StopIteration
+        call._call_strategy_hook(trainer, "on_train_batch_start", batch, index)
+        progress.increment_started()
+        outputs = epoch.automatic_optimization.run(
+            trainer.optimizers[0], index, epoch._build_kwargs(OrderedDict(), batch, index)
+        )
+        progress.increment_processed()
+        epoch.update_lr_schedulers("step", update_plateau_schedulers=False)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if getattr(callback, "every_step", isinstance(callback, WeightAveraging)):
+                callback.on_train_batch_end(trainer, module, outputs, batch, index)
+        call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, index)
+        progress.increment_completed()
+        epoch.update_lr_schedulers("step", update_plateau_schedulers=True)
+        if not epoch._should_accumulate():
+            epoch._batches_that_stepped += 1
 
 
 class ConfigWinsCLI(LightningCLI):
