@@ -26,7 +26,7 @@ def script(name: str):
 
 published_chain, published = script("published_chain"), script("_published")
 train_step, block, sampling, data = script("train_step"), script("block"), script("sampling"), script("data")
-eos = script("eos")
+eos, host = script("eos"), script("host")
 
 
 def test_script_is_a_function_of_sequence_position_and_count(published_chain):
@@ -65,6 +65,11 @@ def test_train_step_measures_all_processes(train_step):
     for result in results.values():
         assert 0 < result["step_ms"]["min"] <= result["step_ms"]["median"] <= result["step_ms"]["max"]
     assert set(results["RandomMasking"]["ratios_to_baseline"]["step"].values()) == {1.0}
+
+
+def test_the_host_is_timed_in_a_loop_and_under_a_trainer(host):
+    assert 0 < host.in_a_loop(2, 4) < 60
+    assert all(0 < host.under_a_trainer(steps, 4, 8) < 60 for steps in (1, 4))
 
 
 def test_train_step_takes_the_textbooks_step_in_turn(train_step):

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from puma_lightning.training.lightning_internals import (
 from puma_lightning.training.loading import StreamLoading
 from puma_lightning.training.optim import Optimization, clip_unscaled
 from puma_lightning.training.resume import ExactResume
-from puma_lightning.training.sequences import derived_seed
+from puma_lightning.training.sequences import derived_seed, seed_device
 from puma_lightning.training.stopping import GracefulStop
 from puma_lightning.training.stream import Stream
 from puma_lightning.training.weights import StartingWeights, check_checkpoint, load_weights
@@ -196,7 +195,7 @@ class StreamedModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tie dropout, and whatever else draws from the global generators, to (seed, rank, step)."""
         count_step_once(self.trainer)
-        torch.manual_seed(derived_seed(self.stream.seed, self.global_rank, self.stream.step))
+        seed_device(derived_seed(self.stream.seed, self.global_rank, self.stream.step), self.device)
 
     @on_host
     def finish_step(self, loss: Tensor, predictions: Tensor | Prediction, batch: Any) -> None:

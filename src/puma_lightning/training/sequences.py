@@ -33,6 +33,16 @@ def derived_seed(*keys: int) -> int:
     return int(np.random.SeedSequence([len(keys), *words]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the global generators of the CPU and of a device.
+
+    ``torch.manual_seed`` seeds all kinds of devices; of those that are not there it keeps the whole stack of calls.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 class CleanSequences:
     """An endless, rank-sharded supply of checked clean sequences that knows its position.
 
