@@ -1,5 +1,6 @@
 """Progressive unmasking (PUMA) for masked diffusion models, in PyTorch Lightning."""
 
+from puma_lightning import startup  # noqa: F401  # isort: skip  # before all that imports torchmetrics
 from puma_lightning.callbacks import (
     ChainDiagnostics,
     GenerationEvaluation,
