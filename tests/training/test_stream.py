@@ -568,6 +568,23 @@ def test_ragged_sequences_are_dealt_to_another_number_of_ranks(loader, block_siz
         run(stream, 12)
 
 
+def test_ragged_sequences_whose_first_ones_have_one_length_go_on():
+    """Those that come next may be longer; whether a loader can yield such is known before."""
+    rows = [{"input_ids": torch.arange(length) % MASK} for length in (3,) * 8 + (5,) * 16]
+
+    def fresh() -> Stream:
+        return stream_of(RandomMasking(), DataLoader(rows, 4, collate_fn=pad_collate))
+
+    whole = fresh()
+    train(whole, 2)
+    snapshot, other = saved_and_loaded(whole.snapshot()), fresh()
+    other.restore(snapshot)
+    assert same(train(whole, 4), train(other, 4))
+    stacked = stream_of(RandomMasking(), DataLoader(rows[8:], 4, shuffle=True))
+    with pytest.raises(ValueError, match=r"sequence length: expected 3, as in the checkpoint, got 5"):
+        stacked.restore({**snapshot, "num_sequences": 16})
+
+
 def test_a_snapshot_without_padding_is_as_it_was():
     stream = stream_of(RandomMasking())
     next(iter(stream))

@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from puma_lightning.data.batch import Batch, check_batch, join_batches, padding_last
 from puma_lightning.errors import last_words, sentence_of
@@ -218,6 +226,14 @@ class CleanSequences:
     def num_taken(self) -> float:
         """How many sequences were taken since the start of the run; to be added up over the ranks."""
         return self.position + sum(map(sum, self.eras)) / self.world_size
+
+    @property
+    def lengths_may_vary(self) -> bool:
+        """Whether sequences of different lengths may come: unless examples are stacked as they come, in any order."""
+        stacks = self.loader.collate_fn is default_collate and self.batch_size > 1
+        in_any_order = type(self._sampler) in (RandomSampler, SequentialSampler) and not self._iterable
+        one = (stacks and in_any_order) or getattr(self.loader.dataset, "one_length", False)
+        return self.lengths_vary or not one
 
     @property
     def length(self) -> int:

@@ -340,9 +340,11 @@ class Stream:
             real = chains.with_attention().attention_mask
             assert real is not None
             self._lengths[i] = join_blocks(real, chains.num_blocks).sum(1)
-            if not self.sequences.lengths_vary:
-                # Not that of the slots, which are padded where no block size divides it.
-                check_same("sequence length", int(self._lengths[i].max()), coming)
+            # Not that of the slots, which are padded where no block size divides it.
+            length = int(self._lengths[i].max())
+            if not self.sequences.lengths_may_vary:
+                check_same("sequence length", length, coming)
+            self.sequences.lengths_vary |= length != coming
             groups[i] = self._with_room(chains)
         self.seed = snapshot["seed"]
         self.step = snapshot["step"]

@@ -30,7 +30,10 @@ class TokenDataset(Dataset[dict[str, Any]]):
     Attributes:
         counts: How many rows or sequences were skipped, cut or left over, by reason.
         rows: Number of rows that the sequences were made from.
+        one_length: True: all sequences have one length.
     """
+
+    one_length = True
 
     def __init__(self, folder: Path, hidden: bool = False) -> None:
         self.folder = folder
