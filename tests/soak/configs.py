@@ -57,8 +57,6 @@ def random_config(rng: random.Random, processes: int | None = None, data: str | 
     config["steps_per_execution"] = several
     config["save_every"] *= several
     steps = -(-steps // several) * several
-    if isinstance(config["limit_train_batches"], int):
-        config["limit_train_batches"] = 6 * (accumulate if isinstance(accumulate, int) else 1)
     # Accumulation that changes does so at an epoch.
     in_epochs = isinstance(accumulate, dict) or rng.random() < 0.3
     config |= {"max_epochs": rng.randint(2, 3) * (1 + numbered), "max_steps": -1} if in_epochs else {"max_steps": steps}

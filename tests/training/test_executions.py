@@ -125,6 +125,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
             {"val_check_interval": 12, "check_val_every_n_epoch": None},
             {"max_steps": -1, "max_epochs": 3},
             {"overfit_batches": 7},
+            {"limit_train_batches": 7},
             {"precision": "bf16-mixed", "limit_train_batches": 0.7},
         ]
     ),
@@ -186,9 +187,12 @@ def test_a_run_that_ends_leaves_the_trainer_as_it_was():
     ("options", "name", "nearest"),
     [
         ({"max_steps": 25}, "max_steps", "give 24, or steps_per_execution 1 or auto"),
-        ({"limit_train_batches": 10}, "limit_train_batches", "give 12"),
         ({"val_check_interval": 10, "check_val_every_n_epoch": None}, "val_check_interval", "give 12"),
-        ({"limit_train_batches": 10, "accumulate": 2}, "limit_train_batches", "give 12, or steps_per_execution 1"),
+        (
+            {"val_check_interval": 10, "check_val_every_n_epoch": None, "accumulate": 2},
+            "val_check_interval",
+            "give 12, or steps_per_execution 1",
+        ),
     ],
 )
 def test_an_interval_that_does_not_fit_is_refused(options, name, nearest):
@@ -204,6 +208,12 @@ def test_intervals_of_logs_and_checkpoints_are_looked_at_too(tmp_path):
     with pytest.raises(ValueError, match=r"every_n_train_steps 6: .* got 6; give 8, or steps_per_execution 2 or"):
         run(tmp_path, 4, log_every_n_steps=4)
     run(None, 6, log_every_n_steps=50)
+
+
+def test_a_trial_run_is_one_of_single_steps():
+    """It has fewer steps than an execution."""
+    _, seen, *_ = run(None, 6, fast_dev_run=3)
+    assert seen.steps == [1, 2, 3]
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, "all", True])

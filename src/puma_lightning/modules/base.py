@@ -133,7 +133,7 @@ class StreamedModule(pl.LightningModule):
         keep_double_precision(self.trainer, self)
         if stage == "fit":
             listen_too(self.trainer, self.stopping.begin)
-            self.executions.number(self.trainer)  # refuses what does not fit
+            self.executions.set_up(self.trainer)
             self.loading.begin(self)
 
     def teardown(self, stage: str) -> None:
@@ -190,7 +190,7 @@ class StreamedModule(pl.LightningModule):
         # Only now: Lightning clears all gradients while it sets up.
         self.resume.restore_gradients(self)
         correct_place(self.trainer)
-        self.executions.begin(self)
+        self.executions.begin(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tie dropout, and whatever else draws from the global generators, to (seed, rank, step)."""

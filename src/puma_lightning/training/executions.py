@@ -1,16 +1,13 @@
 """Several optimizer steps for each time that callbacks and loggers have a turn."""
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from puma_lightning.training.lightning_internals import StepsBetween, saving_intervals
-
-if TYPE_CHECKING:
-    from puma_lightning.modules.base import StreamedModule
 
 MOST = 64  # steps of an execution whose number is chosen here
 
@@ -42,22 +39,26 @@ class Executions:
             )
         self.steps = steps
         self.losses: Tensor | None = None
+        self._number = 1
         self._noted: list[Tensor] = []
         self._between: StepsBetween | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Executions, (self.steps,)  # a run is not part of copies of a module
 
-    def begin(self, module: "StreamedModule") -> None:
-        """Take N steps at a time from now on.
+    def set_up(self, trainer: pl.Trainer) -> None:
+        """Find N for a fit.
 
         Raises:
-            ValueError: If N does not divide an interval that is set.
+            ValueError: If it does not divide an interval that is set.
         """
+        self._number = self.number(trainer)
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Take N steps at a time from now on."""
         self.end()
-        steps = self.number(module.trainer)
-        if steps > 1:
-            self._between = StepsBetween(module.trainer, steps)
+        if self._number > 1:
+            self._between = StepsBetween(trainer, self._number)
 
     def end(self) -> None:
         """Leave the Trainer as it was."""
@@ -66,11 +67,13 @@ class Executions:
         self._between, self._noted = None, []
 
     def number(self, trainer: pl.Trainer) -> int:
-        """Return N.
+        """Return N; 1 in a trial run of a few batches (``fast_dev_run``).
 
         Raises:
             ValueError: If it does not divide an interval that is set.
         """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return 1
         intervals = _intervals(trainer)
         if self.steps == "auto":
             common = math.gcd(*(interval // batches for interval, batches in intervals.values()))
@@ -105,11 +108,8 @@ def _intervals(trainer: pl.Trainer) -> dict[str, tuple[int, int]]:
         found["log_every_n_steps"] = (every, 1)
     if trainer.max_steps > 0:
         found["max_steps"] = (trainer.max_steps, 1)
-    for name in ("val_check_interval", "limit_train_batches"):
-        if name == "limit_train_batches" and trainer.overfit_batches:  # type: ignore[attr-defined]
-            continue  # so long is an epoch then, at whose end an execution ends
-        batches = getattr(trainer, name)
-        # One that falls into an accumulation window ends an execution early.
-        if type(batches) is int and batches > 0 and batches % trainer.accumulate_grad_batches == 0:
-            found[name] = (batches, trainer.accumulate_grad_batches)
+    # In batches. One that falls into an accumulation window ends an execution early, as the end of an epoch does.
+    batches, parts = trainer.val_check_interval, trainer.accumulate_grad_batches
+    if type(batches) is int and batches % parts == 0:
+        found["val_check_interval"] = (batches, parts)
     return found
