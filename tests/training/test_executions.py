@@ -1,6 +1,7 @@
 """Several steps in an execution: what a run computes is what it computes without."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,10 +178,22 @@ def test_a_run_goes_on_with_another_number(tmp_path, first, then):
     assert {step for step in range(12, 25) if step % then == 0} <= set(seen.steps)
 
 
-def test_a_run_that_ends_leaves_the_trainer_as_it_was():
-    """Its loop is Lightning's own again."""
-    *_, trainer = run(None, 3)
-    assert "advance" not in vars(trainer.fit_loop.epoch_loop)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_ends_leaves_the_trainer_as_it_was(monkeypatch, fails):
+    """Its loop is Lightning's own again, also after an exception."""
+    trainers: list[pl.Trainer] = []
+
+    def seen(self: Any, trainer: pl.Trainer, *_: Any) -> None:
+        trainers.append(trainer)
+        assert "advance" in vars(trainer.fit_loop.epoch_loop)
+        if fails:
+            raise RuntimeError("in between")
+
+    monkeypatch.setattr(EveryStep, "on_train_batch_end", seen)
+    with pytest.raises(RuntimeError, match="in between") if fails else nullcontext():
+        run(None, 3)
+    assert "advance" not in vars(trainers[0].fit_loop.epoch_loop)
+    assert not {"teardown", "register_signal_handlers"} & vars(trainers[0]._signal_connector).keys()
 
 
 @pytest.mark.parametrize(

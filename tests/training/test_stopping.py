@@ -356,6 +356,23 @@ def test_a_run_after_a_stopped_one_runs(tmp_path):
     assert len(run(tmp_path)[0].train) == 16
 
 
+@pytest.mark.parametrize("at", ["preflight", "on_train_batch_end", "setup"])
+def test_a_run_that_fails_listens_no_more(monkeypatch, at):
+    """Wherever it does: a Ctrl-C after it is for somebody else."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError(at)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    if at == "setup":
+        monkeypatch.setattr("puma_lightning.training.loading.StreamLoading.begin", fail)
+    else:
+        monkeypatch.setattr(MaskedDiffusion, at, fail)
+    with pytest.raises(RuntimeError, match=at):
+        run(None)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_copies_of_a_module_do_not_listen():
     """An average of the weights is one."""
     stop = GracefulStop()

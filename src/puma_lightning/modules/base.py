@@ -1,5 +1,6 @@
 """The LightningModule under all models here: it holds the objects of ``training/`` and lends them Lightning's hooks."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -132,16 +133,19 @@ class StreamedModule(pl.LightningModule):
         make_saving_safe(self.trainer)
         keep_double_precision(self.trainer, self)
         if stage == "fit":
-            listen_too(self.trainer, self.stopping.begin)
+            listen_too(self.trainer, partial(self.stopping.begin, self.trainer), self._end)
             self.executions.set_up(self.trainer)
             self.loading.begin(self)
 
     def teardown(self, stage: str) -> None:
-        """Let the loader's worker processes end, and listen to signals no more."""
-        self.stopping.end()
-        self.executions.end()
+        """Let the loader's worker processes end."""
         if stage == "fit":
             self.loading.end(self)
+
+    def _end(self) -> None:
+        """Leave signals and the Trainer as they were."""
+        self.stopping.end()
+        self.executions.end()
 
     # Weights ------------------------------------------------------------------------------------------------
 

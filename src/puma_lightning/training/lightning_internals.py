@@ -199,19 +199,31 @@ def next_logged_step(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def listen_too(trainer: pl.Trainer, begin: Callable[[pl.Trainer], None]) -> None:
-    """Have a function called as soon as Lightning has set its handlers of signals, in the fit that is being set up.
+def listen_too(trainer: pl.Trainer, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Have functions called when Lightning has set its handlers of signals, and before it takes them back.
 
-    On SIGTERM Lightning's own waits for other processes, which may be waiting for this one.
+    On SIGTERM Lightning's own handler waits for other processes, which may be waiting for this one. It takes handlers
+    back also after an exception, when modules are told nothing.
+
+    Args:
+        trainer: The Trainer of a fit that is being set up.
+        begin: Called as soon as Lightning listens.
+        end: Called at the end of the fit, whatever that is.
     """
     connector = trainer._signal_connector
 
     def register() -> None:
-        del connector.register_signal_handlers
-        connector.register_signal_handlers()
-        begin(trainer)
+        type(connector).register_signal_handlers(connector)
+        begin()
+
+    def teardown() -> None:
+        for name in ("register_signal_handlers", "teardown"):
+            vars(connector).pop(name, None)
+        end()
+        connector.teardown()
 
     connector.register_signal_handlers = register  # type: ignore[method-assign]
+    connector.teardown = teardown  # type: ignore[method-assign]
 
 
 def forget_sigterm(trainer: pl.Trainer) -> None:
