@@ -223,6 +223,30 @@ def test_intervals_of_logs_and_checkpoints_are_looked_at_too(tmp_path):
     run(None, 6, log_every_n_steps=50)
 
 
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_validation_may_be_due_at_a_time_and_a_bar_may_be_off(steps):
+    """And where there is no validation, no interval of it matters."""
+    run(None, steps, val_check_interval={"hours": 1}, check_val_every_n_epoch=None)
+    run(None, steps, val_check_interval=10, limit_val_batches=0)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=6, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        callbacks=[StepProgressBar(refresh_rate=0)],
+    )  # fmt: skip
+    module = MaskedDiffusion(Backbone(), MASK, scheduler=None, steps_per_execution=steps)
+    trainer.fit(module, DataLoader(ROWS, 4))
+
+
+def test_a_callback_that_sees_every_step_may_log(monkeypatch):
+    """Between turns as in them."""
+
+    def log(self: Any, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        pl_module.log("step", float(trainer.global_step))
+
+    monkeypatch.setattr(EveryStep, "on_train_batch_end", log)
+    *_, trainer = run(None, 3)
+    assert trainer.callback_metrics["step"] == 24
+
+
 def test_a_trial_run_is_one_of_single_steps():
     """It has fewer steps than an execution."""
     _, seen, *_ = run(None, 6, fast_dev_run=3)

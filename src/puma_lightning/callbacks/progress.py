@@ -35,8 +35,10 @@ class StepProgressBar(TQDMProgressBar):
         """Show the number of optimizer steps taken."""
         bar = self.train_progress_bar
         step = trainer.global_step
-        due = step // self.refresh_rate != bar.n // self.refresh_rate  # callbacks may see one step in many
-        if self.is_enabled and step != bar.n and (due or step == bar.total):
+        if not self.is_enabled or step == bar.n:
+            return
+        # Callbacks may see one step in many.
+        if step // self.refresh_rate != bar.n // self.refresh_rate or step == bar.total:
             bar.n = step
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.refresh()

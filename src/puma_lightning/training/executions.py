@@ -109,7 +109,7 @@ def _intervals(trainer: pl.Trainer) -> dict[str, tuple[int, int]]:
     if trainer.max_steps > 0:
         found["max_steps"] = (trainer.max_steps, 1)
     # In batches. One that falls into an accumulation window ends an execution early, as the end of an epoch does.
-    batches, parts = trainer.val_check_interval, trainer.accumulate_grad_batches
-    if type(batches) is int and batches % parts == 0:
+    batches, parts = getattr(trainer, "val_check_interval", None), trainer.accumulate_grad_batches  # or a time
+    if type(batches) is int and batches % parts == 0 and trainer.limit_val_batches:
         found["val_check_interval"] = (batches, parts)
     return found

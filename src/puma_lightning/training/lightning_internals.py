@@ -376,7 +376,11 @@ class StepsBetween:
         epoch.update_lr_schedulers("step", update_plateau_schedulers=False)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if getattr(callback, "every_step", isinstance(callback, WeightAveraging)):
-                callback.on_train_batch_end(trainer, module, outputs, batch, index)
+                module._current_fx_name = "on_train_batch_end"  # so that it may log
+                try:
+                    callback.on_train_batch_end(trainer, module, outputs, batch, index)
+                finally:
+                    module._current_fx_name = None
         call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, index)
         progress.increment_completed()
         epoch.update_lr_schedulers("step", update_plateau_schedulers=True)

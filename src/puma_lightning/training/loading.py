@@ -49,7 +49,7 @@ class StreamLoading:
             ("accumulate_grad_batches", "leave it out for an update after every batch"),
             ("val_check_interval", "leave it out, or set limit_val_batches to 0 for no validation"),
         ):
-            if getattr(trainer, option) == 0:
+            if getattr(trainer, option, None) == 0:
                 raise ValueError(f"{option}: expected at least one batch, got 0; {instead}")
         self._random_before = torch.get_rng_state()
         # The stream is resumable: its state is in the module's part of the checkpoint.
