@@ -353,6 +353,34 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert not (tmp_path / "last.ckpt").exists()
 
 
+TWICE = """
+import os, signal, sys
+from functools import partial
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+from puma_lightning import MaskedDiffusion, TransformerBackbone
+
+class Twice(pl.Callback):
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("went on", flush=True)
+
+rows = [{"input_ids": torch.zeros(8, dtype=torch.int64)} for _ in range(64)]
+module = MaskedDiffusion(TransformerBackbone(6, 16, 16, num_layers=1, num_heads=2), 5)
+quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+pl.Trainer(accelerator="cpu", max_steps=8, callbacks=[Twice()], **quiet).fit(module, DataLoader(rows, 4))
+"""
+
+
+def test_a_second_sigterm_ends_at_once_too():
+    """Lightning's own handler would let the run go on."""
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGTERM and "went on" not in done.stdout, done.stderr
+
+
 def test_a_run_after_a_stopped_one_runs(tmp_path):
     """In the same process, with the same module."""
     with pytest.raises(Stopped):
@@ -375,6 +403,25 @@ def test_a_run_that_fails_listens_no_more(monkeypatch, at):
     with pytest.raises(RuntimeError, match=at):
         run(None)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_run_that_fails_leaves_the_users_loaders_as_they_were():
+    """And the random state."""
+
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert val.worker_init_fn is not None
+            raise RuntimeError("in a batch")
+
+    rows = [{"input_ids": torch.full((LENGTH,), i % MASK)} for i in range(32)]
+    val, module = DataLoader(rows, 4, num_workers=1), MaskedDiffusion(Backbone(), MASK, scheduler=None)
+    random = torch.get_rng_state()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", max_steps=4, enable_checkpointing=False, callbacks=[Fails()], **quiet)
+    with pytest.raises(RuntimeError, match="in a batch"):
+        trainer.fit(module, DataLoader(rows, 4), val)
+    assert val.worker_init_fn is None and val.multiprocessing_context is None
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_copies_of_a_module_do_not_listen():

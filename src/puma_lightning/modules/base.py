@@ -129,7 +129,7 @@ class StreamedModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Make checkpoints safe; put the stream between Lightning and the user's train loader."""
-        compute_alone_after_fork(self.trainer)
+        compute_alone_after_fork(self.trainer)  # for those who override ``configure_callbacks``
         make_saving_safe(self.trainer)
         keep_double_precision(self.trainer, self)
         if stage == "fit":
@@ -137,15 +137,11 @@ class StreamedModule(pl.LightningModule):
             self.executions.set_up(self.trainer)
             self.loading.begin(self)
 
-    def teardown(self, stage: str) -> None:
-        """Let the loader's worker processes end."""
-        if stage == "fit":
-            self.loading.end(self)
-
     def _end(self) -> None:
-        """Leave signals and the Trainer as they were."""
+        """Leave signals, loaders and the Trainer as they were, and let the loader's worker processes end."""
         self.stopping.end()
         self.executions.end()
+        self.loading.end(self)
 
     # Weights ------------------------------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ class Executions:
     Between them a step is what it is without: batches, seeds, clipping, optimizer, schedulers, averaged weights and the
     hooks of the module itself. So weights and losses are the same to the last bit, and counters, checkpoints and
     resumes mean the same. Callbacks see the last batch of each execution; one with an attribute ``every_step = True``
-    has its ``on_train_batch_end`` called after every batch. An execution ends early at the end of an epoch, before a
-    validation, and where a resumed run is not at a multiple of N.
+    has its ``on_train_batch_end`` called after every batch. An execution ends early at the end of an epoch and before a
+    validation; the first batch of a resumed run is one of its own. What stops a run between turns, ``should_stop`` or a
+    time limit, does so a little later than without.
 
     Args:
         steps: N; ``auto`` for the largest number up to 64 that divides all intervals that are set.

@@ -337,6 +337,8 @@ class StepsBetween:
     def _is_turn(self, data_fetcher: Any) -> bool:
         """Tell whether callbacks have their turn after the next batch."""
         trainer, epoch = self._trainer, self._epoch
+        if trainer.should_stop:
+            return True
         batch = epoch.batch_progress.current.ready + 1
         in_data = data_fetcher.length is not None and data_fetcher.fetched + 1 >= data_fetcher.length
         if in_data or batch >= trainer.num_training_batches:

@@ -117,7 +117,7 @@ class StreamLoading:
         return module.stream
 
     def end(self, module: "StreamedModule") -> None:
-        """Let the loader's worker processes end."""
+        """Let the loader's worker processes end, and leave all else as it was; also after an exception."""
         if hasattr(module, "stream"):
             module.stream.sequences.close()
         for loader, start, context in self._changed:
@@ -126,6 +126,7 @@ class StreamLoading:
         if self._random_before is not None:
             # The seed of the last step is not to be that of what comes next in this process.
             torch.set_rng_state(self._random_before)
+            self._random_before = None
 
     def _outliving_signals(self, rank: int, loaders: Any) -> Any:
         """Have the workers of validation loaders go on when all processes get a signal, see ``LoaderWorker``."""

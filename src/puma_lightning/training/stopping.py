@@ -188,6 +188,8 @@ class GracefulStop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             self.end()
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)  # Lightning's handler, which was there, ends nothing at once
             os.kill(os.getpid(), number)
             return
         self.received = number
