@@ -310,6 +310,21 @@ def test_restore_also_works_after_a_look_at_the_next_batch():
     assert same(train(other, 8), expected)
 
 
+def test_a_run_begun_before_all_rows_were_drawn_for_goes_on_as_it_began():
+    """A checkpoint that says nothing of it is such a run's; the two draw differently where few rows enter."""
+    stream = stream_of(ProgressiveUnmasking(3))
+    train(stream, 4)
+    new = saved_and_loaded(stream.snapshot())
+    old = {name: value for name, value in new.items() if name != "draws_for_all_rows"}
+    runs = {}
+    for name, state in (("new", new), ("old", old)):
+        other = stream_of(ProgressiveUnmasking(3))
+        other.restore(state)
+        assert ("draws_for_all_rows" in other.snapshot()) == (name == "new")
+        runs[name] = train(other, 8)
+    assert same(runs["new"], train(stream, 8)) and not same(runs["old"], runs["new"])
+
+
 def test_other_data_are_refused():
     """The error says what was saved, what is here, and what to do instead."""
     stream = stream_of(ProgressiveUnmasking(3), groups=2)
@@ -365,6 +380,34 @@ def test_a_position_says_where_in_the_data_a_rank_is(kind, workers, world_size):
     other.take(3)
     other.seek(3, 15)
     assert names(other.take(13)["input_ids"]) + names(other.take(7)["input_ids"]) == expected
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("waiting", [0, 5])
+def test_sequences_taken_ahead_count_when_they_are_settled(kind, waiting):
+    """They are those that would be taken; and wherever a run is saved, it goes on with the first that do not count."""
+
+    def supply() -> CleanSequences:
+        made = clean(LOADERS[kind](23, batch_size=4))
+        if waiting:  # sequences that start again, and count already
+            made.put_before(
+                {"input_ids": torch.full((waiting, LENGTH), 1), "prompt_mask": torch.zeros(waiting, LENGTH).bool()}
+            )
+        return made
+
+    expected = names(supply().take(40)["input_ids"])
+    ahead, taken, settled = supply(), 0, 0
+    for number, then in [(3, 0), (4, 2), (1, 5), (6, 1), (2, 8), (5, 0), (4, 9)]:
+        assert names(ahead.take_ahead(number)["input_ids"]) == expected[taken : taken + number]
+        taken += number
+        ahead.settle(then)
+        settled += then
+        assert ahead.position == max(0, settled - waiting)
+        other = supply()
+        other.restore(0, ahead.position, saved_and_loaded(ahead.supply()))
+        assert names(other.take(40 - settled)["input_ids"]) == expected[settled:]
+    ahead.give_back()
+    assert names(ahead.take(40 - settled)["input_ids"]) == expected[settled:]
 
 
 def test_workers_do_not_change_the_data():
@@ -589,7 +632,8 @@ def test_a_snapshot_without_padding_is_as_it_was():
     stream = stream_of(RandomMasking())
     next(iter(stream))
     snapshot = stream.snapshot()
-    assert set(snapshot) == {"seed", "step", "position", "num_slots", "num_sequences", "groups", "supply"}
+    draws = "draws_for_all_rows"  # since version 0.3.0
+    assert set(snapshot) == {"seed", "step", "position", "num_slots", "num_sequences", "groups", "supply", draws}
     assert set(snapshot["groups"][0]) == {"x0", "prompt_mask", "xt", "stage", "done", "num_stages"}
 
 

@@ -45,8 +45,8 @@ def reveal(
             f"policy: expected scores (B, L) = {tuple(xt.shape)}, got {tuple(scores.shape)}; return one score for each "
             "position"
         )
-    if scores.device.type == "cpu" and (scores.isnan() & masked).any():
-        raise ValueError("policy: expected numbers as scores, got NaN for a masked position; return a number there")
+    if scores.device.type == "cpu":
+        _check_numbers(~(scores.isnan() & masked).any())
     # Positions that are not masked come last, behind a masked position scored -inf as well.
     scores = scores.float().clamp_min(torch.finfo(torch.float).min).masked_fill(~masked, float("-inf"))
     shuffle = torch.rand(xt.shape, dtype=torch.float, device=xt.device, generator=generator).argsort(dim=1)
@@ -80,3 +80,12 @@ def reveal_at_random(
         1
     """
     return reveal(xt, tokens, torch.zeros(xt.shape, device=xt.device), count, mask_id, generator=generator)
+
+
+def _check_numbers(all_are: Tensor) -> None:
+    """Refuse scores that are not numbers, without a look at a value by Python, which could not be recorded."""
+    message = "policy: expected numbers as scores, got NaN for a masked position; return a number there"
+    try:
+        torch._assert_async(all_are, message)
+    except RuntimeError as error:
+        raise ValueError(message) from error

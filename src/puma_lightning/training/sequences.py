@@ -1,6 +1,7 @@
 """The endless supply of clean sequences for a stream, and its place in the data."""
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -215,6 +216,7 @@ class CleanSequences:
         self.position = position
         self.eras = [list(era) for era in eras]
         self._waiting, self._rest = waiting, rest
+        self._ahead: deque[tuple[Batch, int]] = deque()  # taken ahead: sequences, and how many of them do not count
         self._place = place
         self._batches = self._read()
 
@@ -269,12 +271,43 @@ class CleanSequences:
         # How long the longest is must not depend on what else was loaded, which is other in a resumed run.
         return padding_last(taken)
 
+    def take_ahead(self, number: int) -> Batch:
+        """Return the next sequences as ``take`` does; they count as taken only when ``settle`` says so."""
+        uncounted, before = min(number, _size(self._waiting)), self.position
+        batch = self.take(number)
+        self.position = before
+        self._ahead.append((batch, uncounted))
+        return batch
+
+    def settle(self, number: int) -> None:
+        """Count the first sequences of those that were taken ahead as taken."""
+        while number:
+            batch, uncounted = self._ahead.popleft()
+            size = min(number, _size(batch))
+            self.position += max(0, size - uncounted)
+            if size < _size(batch):
+                self._ahead.appendleft((_cut(batch, size)[1], max(0, uncounted - size)))
+            number -= size
+
+    def give_back(self) -> None:
+        """Have the sequences that were taken ahead, and did not count so far, come next."""
+        self._waiting, self._rest = self._unsettled()
+        self._ahead.clear()
+
+    def _unsettled(self) -> tuple[Batch | None, Batch | None]:
+        """Return all sequences that were read and not taken: those that do not count, and those that do."""
+        first = [_cut(batch, uncounted)[0] for batch, uncounted in self._ahead]
+        then = [_cut(batch, uncounted)[1] for batch, uncounted in self._ahead]
+        # An empty rest is kept: it remembers the sequence length.
+        return self._join([*first, self._waiting]), self._join([*then, self._rest]) or self._rest
+
     def supply(self) -> dict[str, Any]:
         """Return what a checkpoint must hold besides ``position``, as plain types and tensors."""
+        waiting, rest = self._unsettled()
         # Of a data set with an index, and of rows that are kept, the position says all.
-        rest = self._rest if self._iterable and not self._keeps_first else None
+        rest = rest if self._iterable and not self._keeps_first else None
         # Copies: a part of a tensor would be saved with the whole.
-        copies = [batch and {name: rows.clone() for name, rows in batch.items()} for batch in (self._waiting, rest)]
+        copies = [batch and {name: rows.clone() for name, rows in batch.items()} for batch in (waiting, rest)]
         return {"eras": self.eras, "place": self._place, "waiting": copies[0], "rest": copies[1]}
 
     def restore(self, seed: int, position: int, supply: dict[str, Any] | None) -> None:
@@ -375,7 +408,8 @@ class CleanSequences:
                 f"{last_words(error)}; give the DataLoader collate_fn=puma_lightning.pad_collate"
             ) from error
         except ValueError as error:
-            first = self.position + _size(self._rest)
+            ahead = sum(_size(batch) - uncounted for batch, uncounted in self._ahead)
+            first = self.position + ahead + _size(self._rest)
             where = f"batch after {first} training sequences of process {self.rank}"
             sentence = sentence_of(error)
             if sentence is None:  # of the data set: what it says, and where in it, stay as they are

@@ -85,6 +85,9 @@ class Stream:
         self._lengths: dict[int, Tensor] = {}  # of the sequences in each group that is filled, without padding, (B,)
         self._on_host: dict[int, Callable[[], Tensor]] = {}  # what ``_for_host`` says of each group that is filled
         self.step = 0  # batches yielded in the life of this stream
+        # Whether what enters the batch takes its random numbers from those drawn for all rows, of which any number may
+        # enter. Runs begun before version 0.3.0 draw for as many as enter.
+        self.draws_for_all_rows = True
         self.observers: list[Observer] = []
         self.yielded: Chains | None = None  # the chains of the batch yielded last, as they were then
         self._generators = {"start": torch.Generator(), "advance": torch.Generator(self.device)}
@@ -215,7 +218,11 @@ class Stream:
         lengths = clean["attention_mask"].sum(1) if "attention_mask" in clean else torch.full((size,), length)
         clean = padded_to_multiple(clean, self._multiple, self.mask_id)
         generator = self._seeded(self.step, purpose)
-        return begin(self.process, clean, self.mask_id, num_stages, stage, block_size, generator), lengths
+        if purpose == "start" and self.draws_for_all_rows and size < self.batch_size:
+            rows = torch.arange(self.batch_size).clamp_max(size - 1)
+            clean, stage = {name: values[rows] for name, values in clean.items()}, stage[rows]
+        fresh = begin(self.process, clean, self.mask_id, num_stages, stage, block_size, generator)
+        return _chosen(fresh, torch.arange(size)), lengths
 
     def snapshot(self, in_flight: bool = False) -> dict[str, Any]:
         """Return everything needed to go on exactly from here, as CPU tensors and plain types.
@@ -229,6 +236,7 @@ class Stream:
             groups[step % len(groups)] = self.yielded
         # Not said of runs whose sequences all have one length, which a resumed run is held to.
         vary = {"lengths_vary": True} if self.sequences.lengths_vary else {}
+        draws = {"draws_for_all_rows": True} if self.draws_for_all_rows else {}
         return {
             "seed": self.seed,
             "step": step,
@@ -238,6 +246,7 @@ class Stream:
             "groups": [g and {**g.to("cpu").tensors(), "num_stages": g.num_stages} for g in groups],
             "supply": self.sequences.supply(),
             **vary,
+            **draws,
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
@@ -348,6 +357,7 @@ class Stream:
             groups[i] = self._with_room(chains)
         self.seed = snapshot["seed"]
         self.step = snapshot["step"]
+        self.draws_for_all_rows = snapshot.get("draws_for_all_rows", False)
         self.groups = [chains and chains.to(self.device) for chains in groups]
         self._on_host = {i: copy_to_host(_for_host(chains)) for i, chains in enumerate(groups) if chains is not None}
 
