@@ -62,13 +62,19 @@ class Graph(Generic[T]):
 
         Returns:
             What the function returned; tensors of a replayed graph are overwritten by its next call.
+
+        Raises:
+            CannotRecord: If the function cannot be recorded; then nothing has been done.
         """
         if self._replay is None and self._left > 0:
             self._left -= 1
             with aside(self._device):
                 return self._function()
         if self._replay is None:
-            self._replay, self._result = record(self._function, self._device, self._generators, self._pool)
+            try:
+                self._replay, self._result = record(self._function, self._device, self._generators, self._pool)
+            except Exception as error:  # what the function raises, or CUDA
+                raise CannotRecord(f"{type(error).__name__}: {error}") from error
         self._replay()
         return self._result
 
@@ -119,6 +125,10 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _streams[device]
+
+
+class CannotRecord(RuntimeError):
+    """Work cannot be recorded, as it looks at a value or does what a device cannot repeat."""
 
 
 class Look(RuntimeError):

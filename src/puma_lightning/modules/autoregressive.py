@@ -39,6 +39,8 @@ class AutoregressiveLM(GenerativeModule):
             safetensors, or its name on the Hugging Face hub.
         steps_per_execution: Optimizer steps for each time that callbacks and loggers have a turn; ``auto`` for as many
             as all intervals that are set allow, at most 64. What is learned is the same.
+        captured: Whether to record the training step as a CUDA graph and replay it; ``auto`` for where that is
+            possible.
 
     Raises:
         ValueError: If the backbone has no ``vocab_size`` or is not causal, or an id is outside the vocabulary.
@@ -57,8 +59,9 @@ class AutoregressiveLM(GenerativeModule):
         scheduler: LRSchedulerCallable | None = WarmupCosine,
         init_from: str | None = None,
         steps_per_execution: int | Literal["auto"] = 1,
+        captured: bool | Literal["auto"] = False,
     ) -> None:
-        super().__init__(backbone, NoMasking(), mask_id, optimizer, scheduler, init_from, steps_per_execution)
+        super().__init__(backbone, NoMasking(), mask_id, optimizer, scheduler, init_from, steps_per_execution, captured)
         if not getattr(backbone, "causal", True):
             raise ValueError(
                 "backbone: expected one that sees earlier positions alone for AutoregressiveLM, got causal = false; "
@@ -71,7 +74,8 @@ class AutoregressiveLM(GenerativeModule):
         """Predict every token of the answers from those before it; without a Trainer the batch is a clean one."""
         if "chains" not in batch:
             return self._loss(self.checked(batch))[0]
-        loss, _ = self._loss(batch)
+        known = self.head() is not None and self.captured.is_being_taken
+        loss, _ = self._loss(batch, self.stream.num_masked if known else None)
         self.finish_step(loss, Prediction(), batch)  # no chain reads anything
         return loss
 
@@ -80,16 +84,19 @@ class AutoregressiveLM(GenerativeModule):
         loss, trained = self._loss(batch)
         return loss, max(1, int(trained.sum()))
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def predicted_positions(self, batch: Batch) -> Tensor:
+        return trained_positions(batch["input_ids"], batch["prompt_mask"], self.eos_id)
+
+    def _loss(self, batch: Batch, number: int | None = None) -> tuple[Tensor, Tensor]:
         # Padding is last, where no position that counts sees it: the model need not be told.
         x0 = batch["input_ids"]
-        trained = trained_positions(x0, batch["prompt_mask"], self.eos_id)
+        trained = self.predicted_positions(batch)
         head = self.head()
         if head is None:
             return next_token_cross_entropy(self(x0), x0, trained), trained
-        index = true_positions(trained)
+        index = true_positions(trained, number)
         states = align(self.backbone.hidden_states(x0), self.shifted).flatten(0, 1)[index]  # type: ignore[operator]
-        weights = torch.full_like(index, 1 / max(1, len(index)), dtype=torch.float)
+        weights = trained.flatten()[index].float() / trained.sum().clamp_min(1)
         target = x0.flatten()[index]
         loss, _ = linear_cross_entropy(states, head.weight, target, weights, head.bias, self.mask_id)
         return loss, trained

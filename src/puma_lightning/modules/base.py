@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from puma_lightning.chain.stages import StepSchedule
 from puma_lightning.chain.teacher import ForwardProcess
 from puma_lightning.output.prediction import Prediction
+from puma_lightning.training.captured import CapturedStep
 from puma_lightning.training.checkpoints import check_sums, make_saving_safe
 from puma_lightning.training.executions import Executions
 from puma_lightning.training.finite import FiniteCheck, check_finite_weights
@@ -54,6 +55,7 @@ class StreamedModule(pl.LightningModule):
         init_from: Weights to start from, unless others have been loaded: a checkpoint, a folder with a Qwen2 model, or
             its name on the hub.
         steps_per_execution: Optimizer steps for each time that callbacks and loggers have a turn, see ``Executions``.
+        captured: Whether to record the training step as a CUDA graph, see ``CapturedStep``.
 
     Raises:
         ValueError: If the backbone has no ``vocab_size``, or ``mask_id`` is outside the vocabulary.
@@ -72,6 +74,7 @@ class StreamedModule(pl.LightningModule):
         scheduler: LRSchedulerCallable | None,
         init_from: str | None,
         steps_per_execution: int | Literal["auto"] = 1,
+        captured: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__()
         if is_made_by_command_line():
@@ -100,6 +103,7 @@ class StreamedModule(pl.LightningModule):
         self.finite = FiniteCheck()
         self.stopping = GracefulStop()
         self.executions = Executions(steps_per_execution)
+        self.captured = CapturedStep(captured)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the stream out of copies of the module, such as EMA makes: they are not trained."""
@@ -141,6 +145,7 @@ class StreamedModule(pl.LightningModule):
         """Leave signals, loaders and the Trainer as they were, and let the loader's worker processes end."""
         self.stopping.end()
         self.executions.end()
+        self.captured.end()
         self.loading.end(self)
 
     # Weights ------------------------------------------------------------------------------------------------
@@ -190,6 +195,7 @@ class StreamedModule(pl.LightningModule):
         # Only now: Lightning clears all gradients while it sets up.
         self.resume.restore_gradients(self)
         correct_place(self.trainer)
+        self.captured.begin(self)
         self.executions.begin(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -209,10 +215,25 @@ class StreamedModule(pl.LightningModule):
         Raises:
             ValueError: If the loss is not finite.
         """
+        if self.captured.is_being_taken:
+            self.captured.advance(predictions)
+            return
         self.finite.observe(loss, self.trainer)
         self.stream.advance(predictions, self.global_step)
+        self.log_step(loss, batch)
+
+    def log_step(self, loss: Tensor, batch: Any) -> None:
+        """Log the loss of a batch, if that is due."""
         if (mean := self.executions.note(loss)) is not None:
             self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
+
+    def predicted_positions(self, batch: Any) -> Tensor:
+        """Tell which positions of a batch of the stream are predicted, bool."""
+        raise NotImplementedError
+
+    def what_looks_at_values(self) -> str | None:
+        """Say what of a training step looks at values of tensors, and so cannot be part of a recorded one."""
+        return None
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Remember whose gradients there are from here on."""

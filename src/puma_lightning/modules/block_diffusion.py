@@ -52,6 +52,8 @@ class BlockDiffusion(MaskedDiffusion):
             an autoregressive model. The first position of a block is then predicted at the clean one before it.
         steps_per_execution: Optimizer steps for each time that callbacks and loggers have a turn; ``auto`` for as many
             as all intervals that are set allow, at most 64. What is learned is the same.
+        captured: Whether to record the training step as a CUDA graph and replay it; ``auto`` for where that is
+            possible.
 
     Raises:
         ValueError: If the backbone or the sampler cannot be used, an id is outside the vocabulary, or ``block_size`` is
@@ -73,6 +75,7 @@ class BlockDiffusion(MaskedDiffusion):
         init_from: str | None = None,
         shifted: bool = False,
         steps_per_execution: int | Literal["auto"] = 1,
+        captured: bool | Literal["auto"] = False,
     ) -> None:
         schedule = StepSchedule("block_size", block_size)
         _check_backbone(backbone)
@@ -87,6 +90,7 @@ class BlockDiffusion(MaskedDiffusion):
             shifted,
             eos_id,
             steps_per_execution,
+            captured,
         )
         self.block_size: StepSchedule = schedule
         self.check_sampler(sampler)

@@ -23,7 +23,7 @@ from puma_lightning.models.calling import logits_of
 from puma_lightning.models.transformer import TransformerBackbone
 from puma_lightning.modules.base import StreamedModule
 from puma_lightning.modules.eval_mode import eval_mode
-from puma_lightning.modules.preflight import preflight
+from puma_lightning.modules.preflight import preflight, what_looks_at_values
 from puma_lightning.output.alignment import align
 from puma_lightning.output.prediction import exclude_token
 from puma_lightning.training.host import on_host
@@ -64,6 +64,9 @@ class GenerativeModule(StreamedModule):
             ValueError: If something would go wrong later.
         """
         preflight(self)
+
+    def what_looks_at_values(self) -> str | None:
+        return what_looks_at_values(self)
 
     def forward(self, xt: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Predict every position, never as the mask token.

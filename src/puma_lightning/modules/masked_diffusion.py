@@ -39,6 +39,8 @@ class MaskedDiffusion(GenerativeModule):
             DataModule's.
         steps_per_execution: Optimizer steps for each time that callbacks and loggers have a turn; ``auto`` for as many
             as all intervals that are set allow, at most 64. What is learned is the same.
+        captured: Whether to record the training step as a CUDA graph and replay it; ``auto`` for where that is
+            possible.
 
     Raises:
         ValueError: If the backbone has no ``vocab_size`` or is causal, or an id is outside the vocabulary.
@@ -58,8 +60,11 @@ class MaskedDiffusion(GenerativeModule):
         shifted: bool = False,
         eos_id: int | None = None,
         steps_per_execution: int | Literal["auto"] = 1,
+        captured: bool | Literal["auto"] = False,
     ) -> None:
-        super().__init__(backbone, forward_process, mask_id, optimizer, scheduler, init_from, steps_per_execution)
+        super().__init__(
+            backbone, forward_process, mask_id, optimizer, scheduler, init_from, steps_per_execution, captured
+        )
         if getattr(backbone, "causal", False):
             raise ValueError(
                 f"backbone: expected one that sees all positions for {type(self).__name__}, got a causal one; set "
@@ -143,14 +148,18 @@ class MaskedDiffusion(GenerativeModule):
         weights = counted.float() / counted.sum()
         if "chains" not in batch:
             return self.loss(chains, weights)[0]
-        known = {"num_masked": self.stream.num_masked} if chains.xt.is_cuda else {}
-        loss, predictions = self.loss(chains, weights, self.forward_process.reads(), **known)
+        known = self.head() is not None and (chains.xt.is_cuda or self.captured.is_being_taken)
+        number = self.stream.num_masked if known else None
+        loss, predictions = self.loss(chains, weights, self.forward_process.reads(), number)
         self.finish_step(loss, predictions, batch)
         return loss
 
-    @on_host
-    def finish_step(self, loss: Tensor, predictions: Tensor | Prediction, batch: Any) -> None:
-        super().finish_step(loss, predictions, batch)
+    def predicted_positions(self, batch: Any) -> Tensor:
+        chains: Chains = batch["chains"]
+        return chains.masked
+
+    def log_step(self, loss: Tensor, batch: Any) -> None:
+        super().log_step(loss, batch)
         if self.block_size is not None:
             self.trained_in = batch["chains"].x0.shape[1]
             # Lightning would make a tensor of a number, by a copy that waits for the device.

@@ -1,13 +1,16 @@
 """The check of a whole training set-up on its first batch, before any step is taken."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 
+from puma_lightning.chain.chains import Chains
 from puma_lightning.chain.student import AnySampler
 from puma_lightning.data.base import offer_of
 from puma_lightning.data.batch import Batch
+from puma_lightning.graphs import Look, NoLooks
 from puma_lightning.models.calling import check_takes_padding
 from puma_lightning.modules.eval_mode import eval_mode
 
@@ -66,6 +69,35 @@ def preflight(module: "GenerativeModule") -> None:
                     f"policy: expected numbers as scores, got NaN from {policy!r} where the logits have none (the mask "
                     "token's is -inf); return numbers"
                 )
+
+
+def what_looks_at_values(module: "GenerativeModule") -> str | None:
+    """Say which of backbone, policy and forward process looks at values of tensors; None if none of them does."""
+    batch = module.stream.peek()
+    chains: Chains = batch["chains"]
+    if module.head() is not None:
+        chains = chains.map(lambda tensor: tensor[: chains.num_blocks])  # see above
+    process, unmasking = module.forward_process, module.forward_process.unmasking
+    generator = torch.Generator(module.device).manual_seed(0)
+    begun = Chains.fully_masked(chains.x0, chains.prompt_mask, module.mask_id, chains.num_stages)
+    stance = torch.compiler.set_stance("force_eager" if module.block_size is None else "default")
+    with torch.no_grad(), eval_mode(module), stance, module.trainer.precision_plugin.forward_context():
+        logits = module.denoise(chains)
+        parts: dict[str, Callable[[], Any]] = {
+            f"start of {type(process).__name__}": lambda: process.start(begun, generator),
+            f"advance of {type(process).__name__}": lambda: process.advance(chains, logits, 0, generator),
+        }
+        if unmasking is not None:
+            parts = {f"the policy {unmasking.policy!r}": lambda: unmasking.policy(logits, chains.xt), **parts}
+        if module.block_size is None:  # attention in blocks is compiled, and known
+            parts[f"the backbone {type(module.backbone).__name__}"] = lambda: module.denoise(chains)
+        for name, call in parts.items():
+            try:
+                with NoLooks():  # type: ignore[no-untyped-call]
+                    call()
+            except Look as look:
+                return f"{name}, which looks at a value ({look})"
+    return None
 
 
 def _warn_of_answers_without_end(module: "GenerativeModule", batch: Batch) -> None:

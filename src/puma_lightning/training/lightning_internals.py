@@ -5,7 +5,8 @@ Nothing else in this package touches them. If a new version of Lightning breaks 
 
 import signal
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,7 +20,7 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage as EvaluationSt
 from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as TrainingStage
 from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
@@ -388,6 +389,56 @@ class StepsBetween:
         epoch.update_lr_schedulers("step", update_plateau_schedulers=True)
         if not epoch._should_accumulate():
             epoch._batches_that_stepped += 1
+
+
+class OwnStep:
+    """Has Lightning's training loop take steps of our own in place of closure, backward pass and optimizer.
+
+    Args:
+        trainer: The Trainer of a run that begins.
+        step: Called with the batch, and whether it is the first and the last one of an optimizer step; returns the
+            loss.
+    """
+
+    def __init__(self, trainer: pl.Trainer, step: Callable[[Any, bool, bool], torch.Tensor]) -> None:
+        self._trainer, self._step = trainer, step
+        self._optimization = trainer.fit_loop.epoch_loop.automatic_optimization
+        self._optimization.run = self._run  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Leave the loop as it was."""
+        vars(self._optimization).pop("run", None)
+
+    def _run(self, optimizer: Any, batch_idx: int, kwargs: Any) -> dict[str, Any]:
+        trainer, progress = self._trainer, self._optimization.optim_progress.optimizer
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        last = not trainer.fit_loop._should_accumulate()
+        if first:
+            progress.zero_grad.increment_ready()
+            progress.zero_grad.increment_started()
+            progress.zero_grad.increment_completed()
+        if last:
+            progress.step.increment_ready()
+        loss = self._step(kwargs["batch"], first, last)
+        if last:
+            progress.step.increment_completed()
+        parts = trainer.accumulate_grad_batches
+        return {"loss": loss / parts if parts > 1 else loss}  # as Lightning has it
+
+
+@contextmanager
+def within_training_step(module: pl.LightningModule) -> Iterator[None]:
+    """Let a module log as it does in its ``training_step``."""
+    module._current_fx_name = "training_step"
+    try:
+        yield
+    finally:
+        module._current_fx_name = None
+
+
+def is_on_one_device(trainer: pl.Trainer) -> bool:
+    """Tell whether a run is one process that trains on one device, without a strategy of its own kind."""
+    return type(trainer.strategy) is SingleDeviceStrategy
 
 
 class ConfigWinsCLI(LightningCLI):

@@ -8,7 +8,7 @@ epochs, limits, accumulation and progress bars count steps. It yields the curren
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from puma_lightning.data.batch import Batch, padded_to_multiple
 from puma_lightning.output.prediction import Prediction, apply
 from puma_lightning.training.host import on_host
 from puma_lightning.training.sequences import CleanSequences, derived_seed
+
+if TYPE_CHECKING:
+    from puma_lightning.training.captured import RowsOnDevice
 
 # Is told of every advance: the accumulation group, its chains before, their predictions, and the chains after.
 Observer = Callable[[int, Chains, Tensor | Prediction, Chains], None]
@@ -91,10 +94,15 @@ class Stream:
         self.observers: list[Observer] = []
         self.yielded: Chains | None = None  # the chains of the batch yielded last, as they were then
         self._generators = {"start": torch.Generator(), "advance": torch.Generator(self.device)}
+        self.on_device: RowsOnDevice | None = None  # what takes care of the rows while steps are recorded
+
+    def seed_of(self, step: int, purpose: str) -> int:
+        """Return the seed of what is drawn for the rows of a batch that enter it, or as its chains advance."""
+        return derived_seed(self.seed, self.sequences.rank, step, {"start": 0, "advance": 1, "deal": 2}[purpose])
 
     def _seeded(self, step: int, purpose: str) -> torch.Generator:
-        seed = derived_seed(self.seed, self.sequences.rank, step, {"start": 0, "advance": 1, "deal": 2}[purpose])
-        return self._generators["start" if purpose == "deal" else purpose].manual_seed(seed)
+        generator = self._generators["start" if purpose == "deal" else purpose]
+        return generator.manual_seed(self.seed_of(step, purpose))
 
     def __len__(self) -> int:
         return self.num_steps
@@ -113,7 +121,11 @@ class Stream:
             ``{"input_ids", "prompt_mask", "xt"}``, (B, L) each, of the whole sequences, with ``"attention_mask"`` if
             anything is padding; and ``"chains"``, the ``Chains`` that they run, one for each block.
         """
-        chains = self._refilled(self.step % len(self.groups))
+        group = self.step % len(self.groups)
+        return self.batch_of(self.refilled_by_host(group) if self.on_device is None else self.on_device.refilled(group))
+
+    def batch_of(self, chains: Chains) -> dict[str, Any]:
+        """Return chains as a batch, see ``peek``."""
         shown = {"input_ids": chains.x0, "prompt_mask": chains.prompt_mask, "xt": chains.xt}
         if chains.attention_mask is not None:
             shown["attention_mask"] = chains.attention_mask
@@ -121,8 +133,13 @@ class Stream:
 
     @property
     @on_host
-    def num_masked(self) -> int:
-        """Masked positions of the batch yielded last, all rows together; known without waiting for the device."""
+    def num_masked(self) -> int | None:
+        """Masked positions of the batch yielded last, all rows together; known without waiting for the device.
+
+        At least so many in a step that is recorded; None where it makes no difference.
+        """
+        if self.on_device is not None:
+            return self.on_device.num_masked
         return int(self._on_host[(self.step - 1) % len(self.groups)]()[1].sum())
 
     @on_host
@@ -135,20 +152,32 @@ class Stream:
             step: The optimizer step, for schedules.
         """
         group = (self.step - 1) % len(self.groups)
+        after = self.moved(group, predictions, step, self._seeded(self.step - 1, "advance"))
+        self.groups[group] = after
+        self._on_host[group] = copy_to_host(_for_host(after))
+
+    def moved(self, group: int, predictions: Tensor | Prediction, step: int, generator: torch.Generator) -> Chains:
+        """Return the chains of an accumulation group as they are after a step, and tell all observers.
+
+        Args:
+            group: Its number.
+            predictions: See ``advance``.
+            step: The optimizer step.
+            generator: Source of all randomness, on the device.
+        """
         chains = self.groups[group]
         assert chains is not None, "advance before the first batch"
         if self.block_size is not None and (size := self.block_size.at(step)) != chains.x0.shape[1]:
             cut_now = chains.num_blocks
             chains = self._cut_into(chains, size)
             predictions = apply(lambda rows: cut_blocks(join_blocks(rows, cut_now), size), predictions)
-        moved = self.process.advance(chains, predictions, step, self._seeded(self.step - 1, "advance"))
+        moved = self.process.advance(chains, predictions, step, generator)
         done = moved.done | chains.done
         # The chains of a sequence end one by one; one that is over has nothing left to be trained on.
         after = replace(moved, done=done, xt=torch.where(done[:, None], moved.x0, moved.xt))
-        self.groups[group] = after
-        self._on_host[group] = copy_to_host(_for_host(after))
         for observe in self.observers:
             observe(group, chains, predictions, after)
+        return after
 
     def _cut_into(self, chains: Chains, block_size: int) -> Chains:
         """Cut the same sequences into blocks of another size, each at the stage that its revealed positions tell."""
@@ -161,7 +190,14 @@ class Stream:
         num_stages = self.process.chain_stages(cut.num_stages, cut.answer_length)
         return replace(cut, stage=stage_of(cut.revealed, num_stages, cut.answer_length), done=~cut.masked.any(1))
 
-    def _refilled(self, group: int) -> Chains:
+    def by_host_again(self) -> None:
+        """Take care of the rows again, which stay as they are."""
+        self.on_device = None
+        for group, chains in enumerate(self.groups):
+            if chains is not None:
+                self._on_host[group] = copy_to_host(_for_host(chains))
+
+    def refilled_by_host(self, group: int) -> Chains:
         """Return the chains of a group, with fresh sequences in place of those whose chains are all over."""
         chains = self.groups[group]
         if chains is None:
@@ -230,6 +266,8 @@ class Stream:
         Args:
             in_flight: Whether the training step of the batch yielded last is unfinished and will be done again.
         """
+        if self.on_device is not None:
+            self.on_device.settle()
         groups, step = list(self.groups), self.step
         if in_flight:
             step -= 1

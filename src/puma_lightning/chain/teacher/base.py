@@ -20,6 +20,9 @@ class ForwardProcess:
 
     Attributes:
         unmasking: The step that moves its chains; None for a process without one.
+        recordable: Whether the ``start`` and ``advance`` that this very class defines can be part of a recorded step
+            (``captured``): they look at no value of a tensor, treat each row by itself, and depend on the optimizer
+            step through ``num_stages_at`` alone.
 
     Example:
         A process that masks the whole answer:
@@ -33,6 +36,7 @@ class ForwardProcess:
     """
 
     unmasking: Unmasking | None = None
+    recordable = True
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -104,6 +108,8 @@ class NoMasking(ForwardProcess):
         >>> NoMasking().start(Chains.fully_masked(x0, given, mask_id=9)).xt
         tensor([[5, 3, 8]])
     """
+
+    recordable = True
 
     def start(self, chains: Chains, generator: torch.Generator | None = None) -> Chains:
         return replace(chains, xt=chains.x0)

@@ -39,6 +39,8 @@ class MixedMasking(ProgressiveUnmasking):
         True
     """
 
+    recordable = True
+
     def __init__(
         self,
         random_share: float = 0.5,

@@ -53,6 +53,7 @@ class ProgressiveUnmasking(ForwardProcess):
     """
 
     unmasking: Unmasking
+    recordable = True
 
     def __init__(
         self,

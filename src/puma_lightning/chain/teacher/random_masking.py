@@ -20,6 +20,8 @@ class RandomMasking(ForwardProcess):
         True
     """
 
+    recordable = True
+
     def start(self, chains: Chains, generator: torch.Generator | None = None) -> Chains:
         return mask_fraction(chains, chains.uniform(generator), generator)
 

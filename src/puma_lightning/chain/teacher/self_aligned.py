@@ -36,6 +36,7 @@ class SelfAlignedMasking(ForwardProcess):
     """
 
     unmasking: Unmasking
+    recordable = True
 
     def __init__(self, policy: PolicyLike = Margin()) -> None:  # noqa: B008 - policies hold no state
         self.unmasking = Unmasking(policy)

@@ -1,0 +1,414 @@
+"""The training step as work on tensors that stay where they are, recorded once as a CUDA graph and then replayed.
+
+A step queues more than a thousand kernels, one by one, and small models are done with each before the host has queued
+the next. Recorded, a step is two launches: fresh sequences enter the batch, and all the rest, from the forward pass to
+the chains moving on. What of it is the host's (seeds, learning rates, counters, logs) is done between the launches.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities import rank_zero_warn
+from torch import Tensor
+
+from puma_lightning import graphs
+from puma_lightning.chain.chains import Chains
+from puma_lightning.output.prediction import Prediction
+from puma_lightning.training.lightning_internals import (
+    OwnStep,
+    is_on_one_device,
+    scales_gradients,
+    within_training_step,
+)
+from puma_lightning.training.sequences import derived_seed, seed_device
+from puma_lightning.training.stream import begin
+from puma_lightning.training.supply import DeviceSupply
+
+if TYPE_CHECKING:
+    from puma_lightning.modules.base import StreamedModule
+
+BUCKET = 512  # masked positions by which two recordings for a large vocabulary differ
+
+# What is part of a step, and may be somebody's own: of the module, and of callbacks.
+MODULE_HOOKS = (
+    "training_step", "finish_step", "loss", "backward", "optimizer_step", "optimizer_zero_grad",
+    "configure_gradient_clipping", "on_before_zero_grad", "on_before_backward", "on_after_backward",
+    "on_before_optimizer_step",
+)  # fmt: skip
+CALLBACK_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+
+
+class CapturedStep:
+    """Has a run take recorded steps, where that is possible.
+
+    A step computes what it does otherwise: the same sequences in the same order, the same random numbers on a CPU, the
+    same loss, gradients, clipping and optimizer. The batch that hooks are given holds the chains as they are at the
+    time, as they are changed in place. In the first steps of a kind nothing is recorded yet.
+
+    Args:
+        captured: Whether to record steps; ``auto`` for where nothing stands in the way, which is looked for when
+            training starts.
+
+    Raises:
+        ValueError: If it is none of true, false and ``auto``.
+    """
+
+    def __init__(self, captured: bool | Literal["auto"] = False) -> None:
+        if captured not in (True, False, "auto"):
+            raise ValueError(f"captured: expected true, false or auto, got {captured!r}; auto records where it can")
+        self.captured = captured
+        self._rows: RowsOnDevice | None = None
+        self._instead: OwnStep | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CapturedStep, (self.captured,)  # a run is not part of copies of a module
+
+    def begin(self, module: "StreamedModule") -> None:
+        """Take recorded steps from now on.
+
+        Raises:
+            ValueError: If steps are to be recorded and cannot be; says what stands in the way.
+        """
+        self.end()
+        if not self.captured:
+            return
+        trainer = module.trainer
+        obstacle = _of_device(trainer) or _of_hooks(module) or _of_chains(module) or module.what_looks_at_values()
+        if obstacle is None:
+            self._rows = module.stream.on_device = RowsOnDevice(module, self.captured is True)
+            self._instead = OwnStep(trainer, partial(self._step, module))
+        elif self.captured is True:
+            raise ValueError(
+                f"captured: expected a training step that can be recorded, got {obstacle}; change that, or set "
+                "captured to false"
+            )
+        elif graphs.can_record(module.device):
+            rank_zero_warn(f"captured: steps are not recorded, and a GPU may wait for the host: {obstacle}")
+
+    def end(self) -> None:
+        """Leave Trainer and stream as they were."""
+        if self._instead is not None:
+            self._instead.remove()
+        if self._rows is not None:
+            self._rows.close()
+        self._rows = self._instead = None
+
+    @property
+    def is_being_taken(self) -> bool:
+        """Whether the caller is part of a step that is, or will be, recorded."""
+        return self._rows is not None and self._rows.step is not None
+
+    def advance(self, predictions: Tensor | Prediction) -> None:
+        """Move the chains in place, as part of a step."""
+        assert self._rows is not None
+        self._rows.advance(predictions)
+
+    def _step(self, module: "StreamedModule", batch: Any, first: bool, last: bool) -> Tensor:
+        """Take a step, and do the host's part of it; the loss, (), is the caller's to keep."""
+        assert self._rows is not None
+        module.resume.note_backward(module.stream)
+        if last:
+            module.resume.note_optimizer_step(module.stream)
+        loss = self._rows.train(first, last)
+        module.finite.observe(loss, module.trainer)
+        with within_training_step(module):
+            module.log_step(loss, batch)
+        return loss
+
+
+class RowsOnDevice:
+    """The rows of a stream's batches, changed in place, and the recorded work that changes them.
+
+    Args:
+        module: A module whose training begins.
+        must: Whether a step that cannot be recorded is an error.
+
+    Attributes:
+        step: The optimizer step that is being taken; None between steps.
+        num_masked: In a step, a number that is at least that of the positions that are predicted; None if it is not
+            needed.
+    """
+
+    def __init__(self, module: "StreamedModule", must: bool) -> None:
+        self.module, self.stream, self.device = module, module.stream, module.stream.device
+        self.step: int | None = None
+        self.num_masked: int | None = None
+        self.generators = {name: torch.Generator(self.device) for name in ("start", "advance")}
+        self.supply: DeviceSupply | None = None
+        self._must, self._records = must, True
+        self._pool = graphs.memory_pool(self.device)
+        self._groups: dict[int, _Group] = {}
+        self._after: Chains | None = None  # of a step that is being taken
+        self._optimizer = module.trainer.optimizers[0]
+        # On a CPU float64, as Python's numbers are.
+        exact = torch.float32 if self.device.type == "cuda" else torch.float64
+        self._rates = [torch.zeros((), dtype=exact, device=self.device) for _ in self._optimizer.param_groups]
+        self._settings = self._optimizer_settings()
+        self._taken = self._recorded = False  # whether a whole step has been taken, and one has been recorded
+        for state in self._optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(self.device)
+
+    def refilled(self, index: int) -> Chains:
+        """Return the rows of an accumulation group, with fresh sequences in place of those whose chains are over."""
+        stream, group = self.stream, self._groups.get(index)
+        if group is None:
+            group = self._take_over(index, stream.refilled_by_host(index))
+            return group.chains
+        if group.chains is not stream.groups[index]:
+            # The step before cut blocks of another size, or counted in other stages.
+            chains = stream.groups[index]
+            assert chains is not None
+            group = self._take_over(index, chains)
+        if self.supply is None:
+            length = group.chains.num_blocks * group.chains.x0.shape[1]
+            self.supply = DeviceSupply(stream.sequences, stream.batch_size, length, self.device)
+        self.supply.make_ready()
+        self._seed("start", stream.step)
+        group.refill()
+        return group.chains
+
+    def _take_over(self, index: int, chains: Chains) -> "_Group":
+        group = self._groups[index] = _Group(self, index, chains.map(torch.clone))
+        self.stream.groups[index] = group.chains
+        return group
+
+    def train(self, first: bool, last: bool) -> Tensor:
+        """Train on the batch yielded last, and move its chains.
+
+        Args:
+            first: Whether it is the first batch of an optimizer step.
+            last: Whether it is the last one of it.
+
+        Returns:
+            The loss, ().
+        """
+        module: Any = self.module
+        stream = self.stream
+        group = self._groups[(stream.step - 1) % len(stream.groups)]
+        self._seed("advance", stream.step - 1)
+        for rate, settings in zip(self._rates, self._optimizer.param_groups, strict=True):
+            rate.fill_(settings["lr"])
+        self.step = module.global_step
+        if module.head() is not None:
+            most = group.chains.xt.numel()
+            self.num_masked = min(most, -(-int(group.predicted) // BUCKET) * BUCKET)
+        parts = module.trainer.accumulate_grad_batches
+        work = partial(self._train, group, parts, first, last)
+        try:
+            if not self._records or not self._is_usual(group):
+                with graphs.aside(self.device):
+                    loss = work()
+            else:
+                loss = self._graph(group, (parts, first, last, first and self._taken), work)()
+        except graphs.CannotRecord as error:
+            loss = self._unrecorded(error, work)
+        finally:
+            self.step = self.num_masked = None
+        self._taken |= last
+        if self.supply is not None:
+            self.supply.note()
+        return loss.clone()
+
+    def _graph(self, group: "_Group", kind: tuple[Any, ...], work: Callable[[], Tensor]) -> graphs.Graph[Tensor]:
+        key = (*kind, self.num_masked)
+        if key not in group.work:
+            # What differs in its number of masked positions alone has nothing more to set up.
+            alike = any(other[:-1] == kind and graph.recorded for other, graph in group.work.items())
+            warmup = 0 if alike else 1 if self._recorded else 3
+            generators = [self.generators["advance"]]
+            group.work[key] = graphs.Graph(work, self.device, generators, warmup, self._pool)
+        self._recorded |= group.work[key].recorded
+        return group.work[key]
+
+    def _is_usual(self, group: "_Group") -> bool:
+        """Tell whether the step changes nothing that recordings were made with."""
+        assert self.step is not None
+        process, size = self.stream.process, self.stream.block_size
+        return (
+            process.num_stages_at(self.step) == group.chains.num_stages
+            and (size is None or size.at(self.step) == group.chains.x0.shape[1])
+            and self._optimizer_settings() == self._settings
+        )
+
+    def _train(self, group: "_Group", parts: int, first: bool, last: bool) -> Tensor:
+        """Take a step as Lightning does: this is what is recorded."""
+        module: Any = self.module
+        trainer, optimizer = module.trainer, self._optimizer
+        if first:
+            # The gradients of several batches are added up where they are.
+            optimizer.zero_grad(set_to_none=not (self._taken and len(self.stream.groups) > 1))
+        with trainer.precision_plugin.train_step_context():
+            loss: Any = module.training_step(self.stream.batch_of(group.chains), 0)
+        (loss / parts).backward()
+        if last:
+            clip: Any = (trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+            module.configure_gradient_clipping(optimizer, *clip)
+            with self._rates_on_device():
+                optimizer.step()
+        # Only now: the backward pass reads the tokens.
+        self._write(group)
+        return cast(Tensor, loss.detach())
+
+    def advance(self, predictions: Tensor | Prediction) -> None:
+        """Find where the chains of the batch yielded last move to."""
+        assert self.step is not None
+        index = (self.stream.step - 1) % len(self.stream.groups)
+        self._after = self.stream.moved(index, predictions, self.step, self.generators["advance"])
+
+    def _write(self, group: "_Group") -> None:
+        """Move them there: in place, if they can be."""
+        after, self._after = self._after, None
+        assert after is not None
+        if after.num_stages == group.chains.num_stages and after.xt.shape == group.chains.xt.shape:
+            group.write(after)
+        else:
+            self.stream.groups[group.index] = after
+
+    def settle(self) -> None:
+        """Count all sequences as taken that are in the rows, or were; the host waits for the device."""
+        if self.supply is not None:
+            self.supply.settle()
+
+    def close(self) -> None:
+        """Have the stream go on by itself."""
+        self.settle()
+        self.stream.sequences.give_back()
+        self.stream.by_host_again()
+
+    def _seed(self, name: Literal["start", "advance"], step: int) -> None:
+        self.generators[name].manual_seed(self.stream.seed_of(step, name))
+
+    def _optimizer_settings(self) -> list[dict[str, Any]]:
+        """Return what a recording of the optimizer's step holds as numbers, and so must not change."""
+        varying = ("params", "lr", "initial_lr", "capturable")
+        groups = self._optimizer.param_groups
+        return [{name: value for name, value in group.items() if name not in varying} for group in groups]
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Have the optimizer read its learning rates from the device; schedulers and checkpoints know numbers."""
+        groups = self._optimizer.param_groups
+        before = [(group["lr"], group["capturable"]) for group in groups]
+        for group, rate in zip(groups, self._rates, strict=True):
+            group.update(lr=rate, capturable=True)
+        try:
+            yield
+        finally:
+            for group, (rate, capturable) in zip(groups, before, strict=True):
+                group.update(lr=rate, capturable=capturable)
+
+    def _unrecorded(self, error: graphs.CannotRecord, work: Callable[[], Tensor]) -> Tensor:
+        """Take a step that could not be recorded, of which nothing has been done, and record none from now on."""
+        if self._must:
+            raise ValueError(
+                f"captured: expected a training step that can be recorded, got one that cannot: {error}; set captured "
+                "to false"
+            ) from error
+        rank_zero_warn(f"captured: steps are not recorded from here on, as that failed: {error}")
+        self._records = False
+        if len(self.stream.groups) == 1:
+            self._optimizer.zero_grad(set_to_none=True)
+        seed = derived_seed(self.stream.seed, self.module.global_rank, self.stream.step)
+        seed_device(seed, self.device)
+        self._seed("advance", self.stream.step - 1)
+        with graphs.aside(self.device):
+            return work()
+
+
+class _Group:
+    """The rows of one accumulation group, and the work on them."""
+
+    def __init__(self, rows: RowsOnDevice, index: int, chains: Chains) -> None:
+        self.rows, self.index, self.chains = rows, index, chains
+        self.predicted = self._predicted()
+        self.work: dict[tuple[Any, ...], graphs.Graph[Tensor]] = {}
+        self.refill = graphs.Graph(self._refill, rows.device, [rows.generators["start"]], pool=rows._pool)
+
+    def write(self, chains: Chains) -> None:
+        """Change the rows in place."""
+        now = chains.tensors()
+        for name, tensor in self.chains.tensors().items():
+            if now[name] is not tensor:
+                tensor.copy_(now[name])
+
+    def _refill(self) -> None:
+        """Put the upcoming sequences into the rows whose chains are all over: the first into the first, and so on."""
+        stream, supply, chains = self.rows.stream, self.rows.supply, self.chains
+        assert supply is not None
+        over = chains.done.view(stream.batch_size, -1).all(1)
+        size = None if stream.block_size is None else chains.x0.shape[1]
+        stage = torch.zeros_like(over, dtype=torch.long)
+        fresh = begin(
+            stream.process,
+            supply.upcoming(),
+            stream.mask_id,
+            chains.num_stages,
+            stage,
+            size,
+            self.rows.generators["start"],
+        )
+        supply.take(over.sum())
+        place = (over.cumsum(0) - 1).clamp_min(0)
+        source = (place[:, None] * chains.num_blocks + torch.arange(chains.num_blocks, device=over.device)).flatten()
+        entering = over.repeat_interleave(chains.num_blocks)
+        for name, rows in chains.tensors().items():
+            new = fresh.tensors()[name][source]
+            rows.copy_(torch.where(entering.view(-1, *[1] * (rows.dim() - 1)), new, rows))
+        self.predicted.copy_(self._predicted())
+
+    def _predicted(self) -> Tensor:
+        """Count the positions that are predicted."""
+        return self.rows.module.predicted_positions(self.rows.stream.batch_of(self.chains)).sum()
+
+
+def _of_device(trainer: pl.Trainer) -> str | None:
+    device = trainer.strategy.root_device
+    if trainer.world_size > 1 or not is_on_one_device(trainer):
+        return (
+            f"{trainer.world_size} process(es) under {type(trainer.strategy).__name__}, which share gradients within it"
+        )
+    if not graphs.can_record(device):
+        return f"a run on a device of type {device.type}, which has no CUDA graphs"
+    if scales_gradients(trainer):
+        return f"precision {trainer.precision}, whose gradients are scaled by what the host sees of them"
+    return None
+
+
+def _of_hooks(module: "StreamedModule") -> str | None:
+    """Say what of a step is somebody's own, and may do what is not repeated by a recording."""
+    trainer = module.trainer
+    for name in MODULE_HOOKS:
+        method = getattr(type(module), name, None)
+        known = method is None or method.__module__.partition(".")[0] in ("puma_lightning", "lightning")
+        if not known or name in vars(module):
+            return f"{name} of {type(module).__name__}, which may do more than work on tensors"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for name in CALLBACK_HOOKS:
+            if getattr(type(callback), name) is not getattr(pl.Callback, name):
+                return f"{name} of {type(callback).__name__}, which is to be called within it"
+    for observer in module.stream.observers:
+        owner = getattr(observer, "__self__", observer)
+        if not getattr(owner, "in_place", False):
+            return f"{type(owner).__name__}, which observes it and is not in_place"
+    optimizer = trainer.optimizers[0]
+    if any("capturable" not in group for group in optimizer.param_groups):
+        return f"the optimizer {type(optimizer).__name__}, which is not capturable"
+    return None
+
+
+def _of_chains(module: "StreamedModule") -> str | None:
+    stream, process = module.stream, module.forward_process
+    for name in ("start", "advance"):
+        owner = next(base for base in type(process).__mro__ if name in vars(base))
+        if not vars(owner).get("recordable", False):
+            return f"{name} of {owner.__name__}, which does not say that it is recordable"
+    if stream.sequences.lengths_may_vary or stream.peek()["chains"].attention_mask is not None:
+        return "sequences of different lengths, or padding"
+    if not stream.draws_for_all_rows:
+        return "a run that was begun before version 0.3.0, and draws for as many rows as enter"
+    return None
