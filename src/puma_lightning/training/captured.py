@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from puma_lightning import graphs
 from puma_lightning.chain.chains import Chains
@@ -148,7 +148,9 @@ class RowsOnDevice:
         exact = torch.float32 if self.device.type == "cuda" else torch.float64
         self._rates = [torch.zeros((), dtype=exact, device=self.device) for _ in self._optimizer.param_groups]
         self._settings = self._optimizer_settings()
-        self._taken = self._recorded = False  # whether a whole step has been taken, and one has been recorded
+        self._recorded = False  # whether a step has been recorded
+        # Where the gradients of several batches are added up, once a whole step has been taken.
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         for state in self._optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(self.device)
@@ -194,6 +196,7 @@ class RowsOnDevice:
         for rate, settings in zip(self._rates, self._optimizer.param_groups, strict=True):
             rate.fill_(settings["lr"])
         self.step = module.global_step
+        self._keep_gradients()
         if module.head() is not None:
             most = group.chains.xt.numel()
             self.num_masked = min(most, -(-int(group.predicted) // BUCKET) * BUCKET)
@@ -204,15 +207,25 @@ class RowsOnDevice:
                 with graphs.aside(self.device):
                     loss = work()
             else:
-                loss = self._graph(group, (parts, first, last, first and self._taken), work)()
+                loss = self._graph(group, (parts, first, last, first and bool(self._gradients)), work)()
         except graphs.CannotRecord as error:
             loss = self._unrecorded(error, work)
         finally:
             self.step = self.num_masked = None
-        self._taken |= last
+        if last and len(stream.groups) > 1 and not self._gradients:
+            self._gradients = [(p, p.grad) for p in module.parameters() if p.grad is not None]
         if self.supply is not None:
             self.supply.note()
         return loss.clone()
+
+    def _keep_gradients(self) -> None:
+        """Have gradients be where recordings know them; a validation takes them away."""
+        for parameter, kept in self._gradients:
+            if parameter.grad is None:
+                kept.zero_()
+            elif parameter.grad is not kept:
+                kept.copy_(parameter.grad)
+            parameter.grad = kept
 
     def _graph(self, group: "_Group", kind: tuple[Any, ...], work: Callable[[], Tensor]) -> graphs.Graph[Tensor]:
         key = (*kind, self.num_masked)
@@ -241,7 +254,7 @@ class RowsOnDevice:
         trainer, optimizer = module.trainer, self._optimizer
         if first:
             # The gradients of several batches are added up where they are.
-            optimizer.zero_grad(set_to_none=not (self._taken and len(self.stream.groups) > 1))
+            optimizer.zero_grad(set_to_none=not self._gradients)
         with trainer.precision_plugin.train_step_context():
             loss: Any = module.training_step(self.stream.batch_of(group.chains), 0)
         (loss / parts).backward()

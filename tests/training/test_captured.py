@@ -1,0 +1,396 @@
+"""Recorded training steps: on a CPU a recorder stands in for CUDA graphs, which refuses what they refuse."""
+
+import warnings
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+from recorder import use_recorder
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from puma_lightning import (
+    AutoregressiveLM,
+    BlockDiffusion,
+    ForwardProcess,
+    MaskedDiffusion,
+    MixedMasking,
+    ProgressiveUnmasking,
+    RandomMasking,
+    SelfAlignedMasking,
+    TransformerBackbone,
+    WarmupCosine,
+    pad_collate,
+)
+from puma_lightning.training import captured as captured_module
+from puma_lightning.training.captured import RowsOnDevice
+from puma_lightning.training.sequences import CleanSequences
+from puma_lightning.training.supply import DeviceSupply
+
+MASK, LENGTH, BATCH = 9, 12, 4
+ROWS = [
+    {"input_ids": row, "prompt_mask": torch.arange(LENGTH) < 2}
+    for row in torch.randint(MASK, (64, LENGTH), generator=torch.Generator().manual_seed(3))
+]
+QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+AdamW = partial(torch.optim.AdamW, lr=1e-2, fused=True)
+Schedule = partial(WarmupCosine, warmup_steps=3)
+
+
+class EveryLoss(pl.Callback):
+    every_step = True
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from ROWS
+
+    def __len__(self):
+        return len(ROWS)
+
+    one_length = True
+
+
+class Drops(nn.Module):
+    """A backbone with dropout, whose numbers are a function of the step."""
+
+    vocab_size = MASK + 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Embedding(MASK + 1, 16), nn.Dropout(0.3), nn.Linear(16, MASK + 1))
+
+    def forward(self, input_ids):
+        return self.layers(input_ids)
+
+
+def transformer(**options: Any) -> TransformerBackbone:
+    return TransformerBackbone(MASK + 1, 16, 24, num_layers=2, num_heads=2, max_length=LENGTH, **options)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Have work be recorded on the CPU, and return the rows of all runs."""
+    use_recorder(monkeypatch)
+    made: list[RowsOnDevice] = []
+    begin = RowsOnDevice.__init__
+
+    def noting(rows, *arguments):
+        begin(rows, *arguments)
+        made.append(rows)
+
+    monkeypatch.setattr(RowsOnDevice, "__init__", noting)
+    return made
+
+
+def is_recorded(rows: RowsOnDevice) -> bool:
+    """Whether refill and step have been replayed."""
+    groups = list(rows._groups.values())
+    return all(g.refill.recorded and any(work.recorded for work in g.work.values()) for g in groups) and bool(groups)
+
+
+def run(
+    captured: bool | str,
+    process: ForwardProcess | None = None,
+    model: Any = MaskedDiffusion,
+    backbone: Any = transformer,
+    data: Any = ROWS,
+    large: bool = False,
+    steps: int = 20,
+    callbacks: Any = (),
+    ckpt: Any = None,
+    optimizer: Any = AdamW,
+    scheduler: Any = Schedule,
+    executions: int = 1,
+    shuffle: bool = True,
+    **options: Any,
+) -> tuple[list[float], dict[str, Tensor], pl.Trainer]:
+    pl.seed_everything(1, verbose=False)
+    mine = {} if process is None else {"forward_process": process}
+    module = model(
+        backbone(), MASK, optimizer=optimizer, scheduler=scheduler, captured=captured, steps_per_execution=executions,
+        **mine,
+    )  # fmt: skip
+    module.large_vocabulary = 1 if large else None
+    losses = EveryLoss()
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    options = {"enable_checkpointing": saves, "gradient_clip_val": 0.5, **options}
+    trainer = pl.Trainer(accelerator="cpu", max_steps=steps, callbacks=[losses, *callbacks], **QUIET, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = DataLoader(data, BATCH, shuffle=shuffle and not isinstance(data, IterableDataset))
+        trainer.fit(module, loader, DataLoader(ROWS[:8], 4), ckpt_path=ckpt)
+    return losses.losses, module.state_dict(), trainer
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+PROCESSES = {
+    "puma": ProgressiveUnmasking(4),
+    "threshold": ProgressiveUnmasking(4, threshold=0.2),
+    "schedule": ProgressiveUnmasking([[0, 3], [8, 5]], threshold=0.2),
+    "random": RandomMasking(),
+    "mixed": MixedMasking(0.5, 3),
+    "self-aligned": SelfAlignedMasking(),
+    "a policy of one's own": ProgressiveUnmasking(4, lambda logits, xt: logits.amax(-1)),
+}
+SETUPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"accumulate_grad_batches": 3},
+    "executions": {"executions": 4},
+    "both": {"accumulate_grad_batches": 2, "executions": 2, "steps": 16},
+    "half precision": {"precision": "bf16-mixed"},
+    "double precision": {"precision": "64-true"},
+    "dropout": {"backbone": Drops},
+    "clipping by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "validations": {"val_check_interval": 5, "check_val_every_n_epoch": None},
+    "short epochs": {"limit_train_batches": 5, "accumulate_grad_batches": 2},
+    "an iterable data set": {"data": Endless(), "limit_train_batches": 16},
+    "in order": {"shuffle": False},
+    # Which has Lightning drop the gradients of the batches before it.
+    "a validation within a step": {"accumulate_grad_batches": 3, "val_check_interval": 4, "limit_train_batches": 12},
+}
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_recorded_run_computes_the_same_to_the_last_bit(recorded, process):
+    """Whatever moves the chains: losses, weights, and how many sequences were taken."""
+    losses, weights, trainer = run(False, PROCESSES[process])
+    again, same_weights, other = run(True, PROCESSES[process])
+    assert again == losses and same(weights, same_weights)
+    assert [is_recorded(rows) for rows in recorded] == [True]
+    modules = [t.lightning_module for t in (trainer, other)]
+    assert modules[0].stream.sequences.position == modules[1].stream.sequences.position
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_so_it_does_in_every_set_up(recorded, setup):
+    options = {"process": ProgressiveUnmasking(3, threshold=0.2), **SETUPS[setup]}
+    losses, weights, _ = run(False, **options)
+    again, same_weights, _ = run(True, **options)
+    assert again == losses and same(weights, same_weights)
+    assert [is_recorded(rows) for rows in recorded] == [True]
+
+
+@pytest.mark.parametrize("block_size", [3, [[0, 3], [9, 6]]], ids=["blocks", "a curriculum of blocks"])
+def test_so_do_block_models(recorded, block_size):
+    model = partial(BlockDiffusion, block_size=block_size)
+    losses, weights, _ = run(False, ProgressiveUnmasking(2), model)
+    again, same_weights, _ = run(True, ProgressiveUnmasking(2), model)
+    assert again == losses and same(weights, same_weights) and is_recorded(recorded[0])
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_so_do_autoregressive_models(recorded, large):
+    model, backbone = partial(AutoregressiveLM, eos_id=0), partial(transformer, causal=True)
+    losses, weights, _ = run(False, None, model, backbone, large=large)
+    again, same_weights, _ = run(True, None, model, backbone, large=large)
+    assert is_recorded(recorded[0])
+    assert again == pytest.approx(losses, rel=1e-5)
+    assert large or (again == losses and same(weights, same_weights))
+
+
+def test_a_large_vocabulary_is_recorded_for_buckets_of_masked_positions(monkeypatch, recorded):
+    """With rows of no weight, so that sums may differ in their last bits; and one recording for a bucket."""
+    monkeypatch.setattr(captured_module, "BUCKET", 8)
+    losses, weights, _ = run(False, ProgressiveUnmasking(3, threshold=0.2), large=True, steps=30)
+    again, same_weights, _ = run(True, ProgressiveUnmasking(3, threshold=0.2), large=True, steps=30)
+    assert again == pytest.approx(losses, rel=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, same_weights[name], rtol=1e-3, atol=1e-5)
+    buckets = [key[-1] for key in recorded[0]._groups[0].work if key[:-1] == (1, True, True, False)]
+    assert len(buckets) == len(set(buckets)) > 2 and all(number % 8 == 0 for number in buckets)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    at=st.integers(1, 15),
+    before=st.booleans(),
+    after=st.booleans(),
+    executions=st.sampled_from([1, 2, 4]),
+    accumulate=st.sampled_from([1, 2]),
+    process=st.sampled_from(["threshold", "schedule"]),
+    data=st.sampled_from([ROWS, Endless()]),
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path_factory, at, before, after, executions, accumulate, process, data
+):
+    """Wherever it was saved, with steps recorded or not before and after, and with any number in an execution."""
+    folder = tmp_path_factory.mktemp("run")
+    options = {"process": PROCESSES[process], "accumulate_grad_batches": accumulate, "data": data, "steps": 16}
+    if isinstance(data, Endless):
+        options["limit_train_batches"] = 16
+    with pytest.MonkeyPatch.context() as patch:
+        use_recorder(patch)
+        losses, weights, _ = run(False, **options)
+        saves = ModelCheckpoint(folder, "saved", every_n_train_steps=at)
+        saves.on_train_batch_end = partial(_save_at, saves, at)
+        first, _, _ = run(before, callbacks=[saves], **options)
+        assert first == losses
+        second, same_weights, _ = run(after, ckpt=folder / "saved.ckpt", executions=executions, **options)
+    assert second == losses[len(losses) - len(second) :] and len(second) == len(losses) - at * accumulate
+    assert same(weights, same_weights)
+
+
+def _save_at(saves: ModelCheckpoint, at: int, trainer: pl.Trainer, *_: Any) -> None:
+    whole = trainer.fit_loop.epoch_loop.batch_progress.total.processed % trainer.accumulate_grad_batches == 0
+    if trainer.global_step == at and whole:
+        trainer.save_checkpoint(f"{saves.dirpath}/saved.ckpt")
+
+
+class OwnStep(MaskedDiffusion):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx)
+
+
+class WatchesGradients(pl.Callback):
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        pass
+
+
+class LooksAtXt(ProgressiveUnmasking):
+    recordable = True
+
+    def advance(self, chains, predictions, step, generator=None):
+        assert chains.masked.any()
+        return super().advance(chains, predictions, step, generator)
+
+
+class DependsOnTheStep(ProgressiveUnmasking):
+    def advance(self, chains, predictions, step, generator=None):
+        return super().advance(chains, predictions, step, generator)
+
+
+class LooksAtTokens(Drops):
+    def forward(self, input_ids):
+        return super().forward(input_ids) * (2 if (input_ids == MASK).any() else 1)
+
+
+OBSTACLES = {
+    "looks, says the backbone": ({"backbone": LooksAtTokens}, "the backbone LooksAtTokens, which looks at a value"),
+    "looks, says the policy": (
+        {"process": ProgressiveUnmasking(3, lambda logits, xt: logits.amax(-1) + float(xt.sum()))},
+        "the policy <function .*which looks at a value",
+    ),
+    "looks, says the process": ({"process": LooksAtXt(3)}, "advance of LooksAtXt, which looks at a value"),
+    "a process of one's own": ({"process": DependsOnTheStep(3)}, "advance of DependsOnTheStep, which does not say"),
+    "a step of one's own": ({"model": OwnStep}, "training_step of OwnStep"),
+    "a callback within it": ({"callbacks": [WatchesGradients()]}, "on_before_optimizer_step of WatchesGradients"),
+    "an optimizer": ({"optimizer": partial(torch.optim.SGD, lr=0.1)}, "the optimizer SGD, which is not capturable"),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_what_stands_in_the_way_is_named_before_training(recorded, obstacle):
+    """With ``captured: true`` it is an error, with ``auto`` it is said once, and the run is the one without."""
+    options, message = OBSTACLES[obstacle]
+    with pytest.raises(ValueError, match=f"captured: expected .* recorded, got {message}.*set captured to false"):
+        run(True, **options)
+    losses, weights, _ = run(False, **options)
+    module_losses, same_weights, _ = run("auto", **options)
+    assert module_losses == losses and same(weights, same_weights) and not recorded
+
+
+def test_auto_says_what_stands_in_the_way(recorded):
+    module = MaskedDiffusion(Drops(), MASK, optimizer=partial(torch.optim.SGD, lr=0.1), scheduler=None, captured="auto")
+    trainer = pl.Trainer(accelerator="cpu", max_steps=2, enable_checkpointing=False, **QUIET)
+    with pytest.warns(UserWarning, match="captured: steps are not recorded.*the optimizer SGD"):
+        trainer.fit(module, DataLoader(ROWS, BATCH))
+
+
+def test_sequences_of_different_lengths_are_an_obstacle(recorded):
+    module = MaskedDiffusion(transformer(), MASK, scheduler=None, optimizer=AdamW, captured=True)
+    rows = [{"input_ids": row["input_ids"][: 8 + i % 3]} for i, row in enumerate(ROWS)]
+    trainer = pl.Trainer(accelerator="cpu", max_steps=2, enable_checkpointing=False, **QUIET)
+    with pytest.raises(ValueError, match="got sequences of different lengths, or padding"):
+        trainer.fit(module, DataLoader(rows, BATCH, collate_fn=pad_collate))
+
+
+def test_on_a_cpu_auto_is_the_run_without_and_true_is_refused():
+    losses, weights, _ = run(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, same_weights, _ = run("auto")
+    assert again == losses and same(weights, same_weights)
+    with pytest.raises(ValueError, match=r"captured: expected .*got a run on a device of type cpu.*captured to false"):
+        run(True)
+    with pytest.raises(ValueError, match="captured: expected true, false or auto, got 'yes'"):
+        run("yes")
+
+
+class FailsToRecord(Drops):
+    """Looks at a value while it is trained, so that only the recording finds out."""
+
+    def forward(self, input_ids):
+        if self.training:
+            assert (input_ids >= 0).any()
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("setup", ["plain", "accumulation", "executions"])
+def test_a_recording_that_fails_has_done_nothing(recorded, setup):
+    """The run goes on without, as if nothing had been tried; or, where it must record, ends."""
+    options = {"backbone": FailsToRecord, "process": ProgressiveUnmasking(3, threshold=0.2), **SETUPS[setup]}
+    losses, weights, _ = run(False, **options)
+    again, same_weights, _ = run("auto", **options)
+    assert again == losses and same(weights, same_weights) and len(recorded) == 1
+    with pytest.raises(ValueError, match=r"captured: expected a training step that can be recorded.*Look"):
+        run(True, **options)
+
+
+def test_a_run_leaves_trainer_and_stream_as_they_were(recorded):
+    """So a second fit of the same module and Trainer trains, and so it does without recordings."""
+    found = []
+    for captured in (False, True):
+        _, _, trainer = run(captured, steps=6)
+        module = trainer.lightning_module
+        assert "run" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
+        assert module.stream.on_device is None
+        batch = module.stream.peek()
+        trainer.fit_loop.epoch_loop.max_steps = 12
+        trainer.fit(module, DataLoader(ROWS, BATCH, shuffle=True))
+        assert trainer.global_step == 12
+        found.append((batch["xt"].tolist(), module.state_dict()["backbone.embed_tokens.weight"].tolist()))
+    assert found[0] == found[1]
+
+
+# --- the supply ---
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 99), batch=st.integers(1, 4), settled=st.lists(st.integers(0, 90), max_size=3))
+def test_rows_take_the_sequences_of_the_supply_in_their_order(seed, batch, settled):
+    """However many a step takes, and although the host learns of it late; none is left out or taken twice."""
+    data = [{"input_ids": torch.full((3,), i % MASK)} for i in range(500)]
+    sequences = CleanSequences(DataLoader(data, batch), MASK, MASK + 1)
+    supply = DeviceSupply(sequences, batch, 3, torch.device("cpu"))
+    draws, taken = torch.Generator().manual_seed(seed), 0
+    for step in range(90):
+        supply.make_ready()
+        number = int(torch.randint(batch + 1, (), generator=draws))
+        names = supply.upcoming()["input_ids"][:number, 0]
+        assert names.tolist() == [i % MASK for i in range(taken, taken + number)]
+        supply.take(torch.tensor(number))
+        taken += number
+        if torch.rand((), generator=draws) < 0.3:
+            supply.note()
+        if step in settled:
+            supply.settle()
+            assert sequences.position == taken
+    supply.settle()
+    sequences.give_back()
+    assert sequences.position == taken
+    assert sequences.take(5)["input_ids"][:, 0].tolist() == [i % MASK for i in range(taken, taken + 5)]
