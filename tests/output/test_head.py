@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from puma_lightning.chain.policies import Confidence, Entropy, Margin
+from puma_lightning.output import head
 from puma_lightning.output.head import (
     ALIGNMENT,
     CHUNK_BYTES,
-    _softmax_in_place,
     linear_cross_entropy,
     predict,
     rows_per_chunk,
@@ -28,6 +28,14 @@ few = settings(max_examples=40, deadline=None)
 sizes = {"positions": st.integers(0, 9), "vocab": st.integers(5, 40), "width": st.integers(1, 6)}
 devices = pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 sharpness = st.sampled_from([0.3, 1.0, 5.0])
+
+
+@pytest.fixture(scope="module", autouse=True, params=["as on a CPU", "as on a GPU"])
+def passes(request):
+    """Take the passes over the logits that a CPU takes, and those that a GPU takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "softmax_overwrites", lambda device: request.param == "as on a CPU")
+        yield
 
 
 class Problem:
@@ -269,20 +277,21 @@ def test_draws_follow_the_tempered_and_truncated_distribution(temperature, top_p
 
 
 @devices
+@pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_products_take_its_dtype_and_the_rest_is_float32(dtype, device):
+def test_under_autocast_products_take_its_dtype_and_the_rest_is_float32(dtype, with_bias, device):
     """Parameters stay float32; results are as near to the exact ones as the plain formula's under autocast."""
     problem = Problem(positions=64, vocab=200, width=32, sharpness=0.3, device=device)
-    exact_loss, exact_nll, exact = problem.plain()
-    exact_gradients = torch.autograd.grad(exact_loss, problem.inputs())
+    exact_loss, exact_nll, exact = problem.plain(with_bias)
+    exact_gradients = torch.autograd.grad(exact_loss, problem.inputs(with_bias))
     products = Products()
     with torch.autocast(device, dtype), products:
-        loss, prediction = problem.ours(statistics=STATISTICS, chunk_rows=20)
+        loss, prediction = problem.ours(with_bias, statistics=STATISTICS, chunk_rows=20)
     assert dtype in products.dtypes
-    gradients = torch.autograd.grad(loss, problem.inputs())
+    gradients = torch.autograd.grad(loss, problem.inputs(with_bias))
     with torch.autocast(device, dtype):
-        plain_loss, plain_nll, plain = problem.plain()
-    plain_gradients = torch.autograd.grad(plain_loss, problem.inputs())
+        plain_loss, plain_nll, plain = problem.plain(with_bias)
+    plain_gradients = torch.autograd.grad(plain_loss, problem.inputs(with_bias))
 
     def far(values, exact):
         return max((value.double() - e.double()).norm() / e.double().norm() for value, e in zip(values, exact))  # noqa: B905
@@ -405,11 +414,9 @@ def test_mistakes_are_named():
         predict(hidden, weight, statistics=["confidence"])
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_softmax_may_overwrite_its_logits(fused):
+def test_softmax_may_overwrite_its_logits():
     logits = 9 * torch.randn(7, 5003, generator=torch.Generator().manual_seed(0))
     logits[:, MASK] = float("-inf")
     expected = logits.softmax(-1)
-    _softmax_in_place(logits, logits.amax(-1), fused)
-    torch.testing.assert_close(logits, expected, **CLOSE)
+    torch.testing.assert_close(torch.softmax(logits, -1, out=logits), expected, **CLOSE)
     assert (logits[:, MASK] == 0).all()

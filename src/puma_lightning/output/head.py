@@ -112,16 +112,16 @@ def predict(
         # Draws keep copies of a chunk, with top_p also its sorted values and their places.
         most = rows_per_chunk(len(hidden), len(weight), hidden.device)
         chunk_rows = max(1, most // (4 if top_p == 1 else 8))
-    head = _Head(hidden, weight, bias, mask_id, chunk_rows)
+    head = _Head(hidden, weight, bias, mask_id, chunk_rows, draws=bool(temperature))
     greedy = temperature == 0
     found = head.empty({*statistics, "token"} if greedy else statistics, nll=target is not None)
     drawn = hidden.new_empty(len(hidden) if temperature else 0, dtype=torch.long)
     uniform = torch.rand(len(drawn), dtype=head.exact, device=hidden.device, generator=generator)
     with head.no_autocast():
-        for rows, buffer in head.chunks():
+        for rows, logits in head.chunks():
             if temperature:
-                drawn[rows] = draw_at(buffer, uniform[rows], temperature, top_p)
-            _summarise(buffer, None if target is None else target[rows], found, rows)
+                drawn[rows] = draw_at(logits, uniform[rows], temperature, top_p)
+            _summarise(head, logits, None if target is None else target[rows], found, rows)
     if greedy:
         return replace(found, drawn=found.token, token=found.token if "token" in statistics else None)
     return replace(found, drawn=drawn if temperature else None)
@@ -191,6 +191,11 @@ def rows_per_chunk(num_positions: int, vocab_size: int, device: torch.device) ->
     return max(1, -(-num_positions // chunks))
 
 
+def softmax_overwrites(device: torch.device) -> bool:
+    """Tell whether a softmax may be written over its logits: on a CPU a row is read whole before any of it is."""
+    return device.type == "cpu"
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The weighted loss, whose gradients are made in the forward pass and scaled in the backward pass."""
 
@@ -214,12 +219,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=head.exact) if in_weight else None
         grad_bias = torch.zeros_like(bias, dtype=head.exact) if in_bias and bias is not None else None
         with head.no_autocast():
-            for rows, buffer in head.chunks():
-                _summarise(buffer, target[rows], found, rows)
+            for rows, logits in head.chunks():
+                buffer, total = _summarise(head, logits, target[rows], found, rows)
                 # The gradient of nll in the logits: softmax, less 1 at the target. The weights join smaller factors.
                 index = target[rows, None]
-                buffer.scatter_(1, index, buffer.gather(1, index) - 1)
-                weights = position_weights[rows, None]
+                buffer.scatter_(1, index, buffer.gather(1, index) - total)
+                weights = position_weights[rows, None] / total
                 if grad_bias is not None:
                     grad_bias += (weights.t() @ buffer)[0, : head.vocab_size]
                 if grad_hidden is None and grad_weight is None:
@@ -250,9 +255,16 @@ class _Head:
     """The output layer in the dtypes of its products, and the buffer that every chunk of logits is written to."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask_id: int | None, chunk_rows: int | None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask_id: int | None,
+        chunk_rows: int | None,
+        draws: bool = False,
     ) -> None:
         device = hidden.device
+        self.fused = softmax_overwrites(device)
         self.exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         dtype = hidden.dtype
         if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
@@ -267,6 +279,8 @@ class _Head:
         self.rows = chunk_rows or rows_per_chunk(len(hidden), self.vocab_size, device)
         self.buffer = self._buffer(self.exact)
         self.narrowed: Tensor | None = None
+        # Sums and draws want all bits, and so do operators of a CPU, which would make copies.
+        self.widens = self.fused or draws or bias is not None
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         rows = min(self.rows, len(self.hidden))
@@ -277,23 +291,24 @@ class _Head:
         return torch.autocast(self.hidden.device.type, enabled=False)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the rows of each chunk, and its logits in the buffer, (n, V and padding), which may be overwritten."""
+        """Yield the rows of each chunk, and its logits, (n, V and padding), which may be overwritten.
+
+        They are in the buffer, or in the dtype of the product beside it.
+        """
         for start in range(0, len(self.hidden), self.rows):
             rows = slice(start, min(start + self.rows, len(self.hidden)))
-            buffer = self.buffer[: rows.stop - start]
-            logits = buffer[:, : self.vocab_size]
-            if self.hidden.dtype == self.exact:
-                torch.mm(self.hidden[rows], self.weight.t(), out=logits)
-            else:
-                # By way of rows with padding: those of a new tensor would not be aligned.
-                product = self._narrow(len(buffer))[:, : self.vocab_size]
-                logits.copy_(torch.mm(self.hidden[rows], self.weight.t(), out=product))
+            size = rows.stop - start
+            # Rows with padding: those of a new tensor would not be aligned.
+            logits = self.buffer[:size] if self.hidden.dtype == self.exact else self._narrow(size)
+            torch.mm(self.hidden[rows], self.weight.t(), out=logits[:, : self.vocab_size])
+            if self.widens and logits.dtype != self.exact:
+                logits = self.buffer[:size].copy_(logits)
             if self.bias is not None:
-                logits += self.bias
-            buffer[:, self.vocab_size :] = float("-inf")
+                logits[:, : self.vocab_size] += self.bias
+            logits[:, self.vocab_size :] = float("-inf")
             if self.mask_id is not None:
                 exclude_token_(logits, self.mask_id)
-            yield rows, buffer
+            yield rows, logits
 
     def narrow(self, gradient: Tensor) -> Tensor:
         """Return the gradient in the logits, without padding and as a factor of the gradients' products: (n, V)."""
@@ -314,14 +329,22 @@ class _Head:
         return Prediction(**{name: self.hidden.new_empty(len(self.hidden), dtype=dtypes[name]) for name in names})
 
 
-def _summarise(buffer: Tensor, target: Tensor | None, found: Prediction, rows: slice) -> None:
-    """Write what is wanted of a chunk to its rows; the logits in the buffer, (n, V), become their softmax."""
-    top, token = buffer.max(-1)
-    at_target = None if target is None else buffer.gather(1, target[:, None])[:, 0]
-    _softmax_in_place(buffer, top, fused=not buffer.is_cuda)
+def _summarise(
+    head: _Head, logits: Tensor, target: Tensor | None, found: Prediction, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Write what is wanted of a chunk to its rows; the buffer holds its softmax then, but for a factor.
+
+    Returns:
+        The buffer, (n, V and padding), and what to divide it by, (n, 1).
+    """
+    top, token = logits.max(-1)
+    at_target = None if target is None else logits.gather(1, target[:, None])[:, 0].to(head.exact)
+    top = top.to(head.exact)
+    buffer = head.buffer[: len(logits)]
+    total = _exponentials(logits, top, buffer, head.fused)
     # top - logsumexp, without another pass; exact where it is close to 0.
-    top_probability = buffer.gather(1, token[:, None])
-    log_prob = top_probability[:, 0].log()
+    top_value = buffer.gather(1, token[:, None])
+    log_prob = (top_value / total)[:, 0].log()
     if found.nll is not None:
         assert at_target is not None
         found.nll[rows] = top - at_target - log_prob
@@ -330,22 +353,27 @@ def _summarise(buffer: Tensor, target: Tensor | None, found: Prediction, rows: s
     if found.log_prob is not None:
         found.log_prob[rows] = log_prob
     if found.entropy is not None:
-        found.entropy[rows] = torch.special.entr(buffer).sum(-1)
+        found.entropy[rows] = torch.special.entr(buffer).sum(-1) / total[:, 0] + total[:, 0].log()
     if found.margin is not None:
         # Two passes for the maximum beat a topk.
         buffer.scatter_(1, token[:, None], 0.0)
-        found.margin[rows] = top_probability[:, 0] - buffer.amax(-1)
-        buffer.scatter_(1, token[:, None], top_probability)
+        found.margin[rows] = (top_value[:, 0] - buffer.amax(-1)) / total[:, 0]
+        buffer.scatter_(1, token[:, None], top_value)
+    return buffer, total
 
 
-def _softmax_in_place(buffer: Tensor, top: Tensor, fused: bool) -> None:
-    """Turn logits, (n, V), into probabilities, given their maxima, (n,)."""
+def _exponentials(logits: Tensor, top: Tensor, buffer: Tensor, fused: bool) -> Tensor:
+    """Fill a buffer, (n, V), with a multiple of the softmax of logits, whose maxima are ``top``, (n,).
+
+    Returns:
+        What it is a multiple by, (n, 1).
+    """
     if fused:
-        # On a CPU a row is read whole before any of it is written, and then element by element.
         torch.softmax(buffer, -1, out=buffer)
-    else:
-        buffer.sub_(top[:, None]).exp_()
-        buffer.div_(buffer.sum(-1, keepdim=True))
+        return buffer.new_ones(len(buffer), 1)
+    # Dividing would be one more pass; what comes next divides smaller factors.
+    torch.sub(logits, top[:, None], out=buffer).exp_()
+    return buffer.sum(-1, keepdim=True)
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
