@@ -29,10 +29,11 @@ def record(
         with recorder:
             result = function()
     finally:
-        seeds = [generator.initial_seed() for generator in followed]
-        for generator, (state, _) in zip(followed, before, strict=True):
-            generator.set_state(state)
         recorder.undo()
+    # After a failure on CUDA nobody says where the generators are.
+    seeds = [generator.initial_seed() for generator in followed]
+    for generator, (state, _) in zip(followed, before, strict=True):
+        generator.set_state(state)
     if seeds != [seed for _, seed in before]:
         raise RuntimeError("Cannot seed a generator while a graph is recorded")
     return recorder.replay, result

@@ -371,12 +371,19 @@ def test_a_run_leaves_trainer_and_stream_as_they_were(recorded):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 99), batch=st.integers(1, 4), settled=st.lists(st.integers(0, 90), max_size=3))
-def test_rows_take_the_sequences_of_the_supply_in_their_order(seed, batch, settled):
+@given(
+    seed=st.integers(0, 99),
+    batch=st.integers(1, 4),
+    room=st.integers(2, 9),
+    settled=st.lists(st.integers(0, 90), max_size=3),
+)
+def test_rows_take_the_sequences_of_the_supply_in_their_order(seed, batch, room, settled):
     """However many a step takes, and although the host learns of it late; none is left out or taken twice."""
     data = [{"input_ids": torch.full((3,), i % MASK)} for i in range(500)]
     sequences = CleanSequences(DataLoader(data, batch), MASK, MASK + 1)
-    supply = DeviceSupply(sequences, batch, 3, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("puma_lightning.training.supply.STEPS", room)
+        supply = DeviceSupply(sequences, batch, 3, torch.device("cpu"))
     draws, taken = torch.Generator().manual_seed(seed), 0
     for step in range(90):
         supply.make_ready()

@@ -52,8 +52,7 @@ class DeviceSupply:
     def make_ready(self) -> None:
         """See to it that the next step can take as many as it may."""
         self._learn()
-        self._steps += 1
-        while self._put < self._known + self._batch_size * (self._steps - self._known_at):
+        while self._put < self._known + self._batch_size * (self._steps + 1 - self._known_at):
             if self._put + self._batch_size > self._known + self._room:
                 self._learn(wait=True)
                 continue
@@ -63,6 +62,7 @@ class DeviceSupply:
                 {name: rows[start : start + self._batch_size] for name, rows in self._ring.items()},
             )
             self._put += self._batch_size
+        self._steps += 1
 
     def note(self) -> None:
         """Have the host learn, some time later, how many have been taken by the work that is queued so far."""
