@@ -30,7 +30,7 @@ def random_config(rng: random.Random, processes: int | None = None, data: str | 
         "block_size": _block_size(rng, length) if kind == "block" else None,
         "shifted": kind == "masked" and data == "sudoku sequence" and rng.random() < 0.3,
         "dropout": rng.choice([0.0, 0.2]),
-        "optimizer": rng.choice(["adamw", "adamw", "sgd", "nesterov"]),
+        "optimizer": rng.choice(["adamw", "fused adamw", "fused adamw", "sgd", "nesterov"]),
         "scheduler": rng.random() < 0.7,
         "ema": rng.random() < 0.4,
         "clip": rng.choice([None, 0.5]),
@@ -55,6 +55,8 @@ def random_config(rng: random.Random, processes: int | None = None, data: str | 
     # Of the runs that are stopped and resumed some take so many steps at a time, the one left alone does not.
     several = rng.choice([1, 1, 2, 3])
     config["steps_per_execution"] = several
+    # And some record their steps, where it can be done.
+    config["captured"] = rng.choice([False, "auto"])
     config["save_every"] *= several
     steps = -(-steps // several) * several
     # Accumulation that changes does so at an epoch.

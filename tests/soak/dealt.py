@@ -173,7 +173,9 @@ class Finished(pl.Callback):
             return
         # What comes next of the data, after what waits: when nothing is saved any more.
         sequences = pl_module.stream.sequences
-        waiting = sequences.supply()["waiting"]
+        supply = sequences.supply()
+        waiting = supply["waiting"]
+        sequences.restore(sequences.seed, sequences.position, supply)  # its workers have ended
         taken = sequences.take(1 + (len(waiting["input_ids"]) if waiting else 0))
         self._write(kind="next", time=names(taken["input_ids"])[-1][1])
 

@@ -155,7 +155,7 @@ def trial(
     """Run a config twice, once left alone and once stopped in some of the ways, and compare."""
     result = Trial(config)
     begun = time.monotonic()
-    alone = Run(config | {"steps_per_execution": 1}, folder / "alone", shared, None)
+    alone = Run(config | {"steps_per_execution": 1, "captured": False}, folder / "alone", shared, None)
     if not alone.wait(LIMIT) or any(alone.codes.values()):
         alone.kill()
         result.wrong.append(f"left alone it ended with {alone.codes}")
@@ -166,7 +166,10 @@ def trial(
     for kills_left in range(rng.randint(1, max_kills), -1, -1):
         if numbered:
             config = random_processes(config, rng, run=max_kills - kills_left)
-        now = config | {"steps_per_execution": rng.choice([1, config["steps_per_execution"]])}
+        now = config | {
+            "steps_per_execution": rng.choice([1, config["steps_per_execution"]]),
+            "captured": rng.choice([False, config["captured"]]),
+        }
         possible = [way for way in ways if config["processes"] > 1 or not way.endswith("one")] or ["kill"]
         ckpt = _checkpoint(folder / "killed", rng)
         way = rng.choices(possible, [weights.get(way, 1) for way in possible])[0] if kills_left else ""

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulation
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+from puma_lightning import graphs
 from puma_lightning.callbacks import GenerationEvaluation
 from puma_lightning.chain import policies
 from puma_lightning.chain.student import BlockSampler, LeftToRightSampler, Sampler
@@ -32,6 +33,7 @@ from puma_lightning.modules import AutoregressiveLM, BlockDiffusion, MaskedDiffu
 from puma_lightning.training.optim import WarmupCosine
 from tests.soak.configs import DATA, NUMBERED, Config
 from tests.soak.dealt import Finished, Numbered
+from tests.support import recorder
 
 POISONED = "a gradient is NaN from here on"
 LINES = [f"{a} and {b} are {a + b}" for a in range(12) for b in range(10)]
@@ -152,6 +154,7 @@ def _module(config: Config, data: Any) -> pl.LightningModule:
     )
     optimizer: Any = {
         "adamw": partial(torch.optim.AdamW, lr=0.01),
+        "fused adamw": partial(torch.optim.AdamW, lr=0.01, fused=True),
         "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
         "nesterov": partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
     }[config["optimizer"]]
@@ -159,7 +162,10 @@ def _module(config: Config, data: Any) -> pl.LightningModule:
         "optimizer": optimizer,
         "scheduler": partial(WarmupCosine, warmup_steps=3) if config["scheduler"] else None,
         "steps_per_execution": config.get("steps_per_execution", 1),
+        "captured": config.get("captured", False),
     }
+    if common["captured"]:  # this process is one run's own
+        graphs.can_record, graphs.record = lambda device: True, recorder.record
     if kind == "left to right":
         return AutoregressiveLM(backbone, data.mask_id, sampler=LeftToRightSampler(temperature=1.0), **common)
     common["forward_process"] = _process(**config["process"])
@@ -248,7 +254,7 @@ class Record(pl.Callback):
             return  # the look at the first batch of a run that was over has filled it
         stream = pl_module.stream
         chains = digest(*(tensor for group in stream.groups if group for tensor in group.tensors().values()))
-        self._write(kind="chains", at=0, chains=chains, steps=[stream.step, stream.sequences.position])
+        self._write(kind="chains", at=0, chains=chains, steps=[stream.step, stream.snapshot()["position"]])
 
     def end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write down what the run led to, averaged weights in their place, unless it was over when it began."""

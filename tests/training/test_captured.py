@@ -279,6 +279,14 @@ class LooksAtTokens(Drops):
         return super().forward(input_ids) * (2 if (input_ids == MASK).any() else 1)
 
 
+def _hooked(how: str) -> Drops:
+    made = Drops()
+    {"register_hook": made.layers[0].weight, "register_forward_hook": made.layers}[how].__getattribute__(how)(
+        lambda *_: None
+    )
+    return made
+
+
 OBSTACLES = {
     "looks, says the backbone": ({"backbone": LooksAtTokens}, "the backbone LooksAtTokens, which looks at a value"),
     "looks, says the policy": (
@@ -289,6 +297,8 @@ OBSTACLES = {
     "a process of one's own": ({"process": DependsOnTheStep(3)}, "advance of DependsOnTheStep, which does not say"),
     "a step of one's own": ({"model": OwnStep}, "training_step of OwnStep"),
     "a callback within it": ({"callbacks": [WatchesGradients()]}, "on_before_optimizer_step of WatchesGradients"),
+    "a hook": ({"backbone": lambda: _hooked("register_forward_hook")}, "a hook on backbone.layers"),
+    "a hook on a gradient": ({"backbone": lambda: _hooked("register_hook")}, "a hook on the gradient of .*layers.0"),
     "an optimizer": ({"optimizer": partial(torch.optim.SGD, lr=0.1)}, "the optimizer SGD, which is not capturable"),
 }
 
@@ -365,6 +375,24 @@ def test_a_run_leaves_trainer_and_stream_as_they_were(recorded):
         assert trainer.global_step == 12
         found.append((batch["xt"].tolist(), module.state_dict()["backbone.embed_tokens.weight"].tolist()))
     assert found[0] == found[1]
+
+
+def test_hooks_are_given_what_has_been_trained_on(recorded):
+    """Although the rows move on in place; and at the start of the next batch they hold the next sequences."""
+
+    class Notes(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            chains = batch["chains"]
+            shown = (batch["input_ids"], batch["prompt_mask"], batch["xt"], chains.xt, chains.stage, chains.done)
+            self.seen.append([tensor.tolist() for tensor in shown])
+
+    notes = [Notes(), Notes()]
+    for captured, each in zip((False, True), notes, strict=True):
+        run(captured, ProgressiveUnmasking(3, threshold=0.2), callbacks=[each], accumulate_grad_batches=2)
+    assert notes[0].seen == notes[1].seen and len(notes[0].seen) == 40
 
 
 # --- the supply ---

@@ -128,7 +128,7 @@ class ChainDiagnostics(Callback):
         if "kept" not in self._sums:
             return
         assert isinstance(pl_module, MaskedDiffusion)
-        taken = torch.tensor(float(pl_module.stream.sequences.num_taken), device=pl_module.device)
+        taken = torch.tensor(float(pl_module.stream.num_taken), device=pl_module.device)
         sums = {**self._sums, "sequences": taken}
         self._sums = {}
         sums = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}

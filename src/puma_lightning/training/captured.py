@@ -7,6 +7,7 @@ the chains moving on. What of it is the host's (seeds, learning rates, counters,
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -46,8 +47,7 @@ class CapturedStep:
     """Has a run take recorded steps, where that is possible.
 
     A step computes what it does otherwise: the same sequences in the same order, the same random numbers on a CPU, the
-    same loss, gradients, clipping and optimizer. The batch that hooks are given holds the chains as they are at the
-    time, as they are changed in place. In the first steps of a kind nothing is recorded yet.
+    same loss, gradients, clipping and optimizer. In the first steps of a kind nothing is recorded yet.
 
     Args:
         captured: Whether to record steps; ``auto`` for where nothing stands in the way, which is looked for when
@@ -156,11 +156,13 @@ class RowsOnDevice:
                 state["step"] = state["step"].to(self.device)
 
     def refilled(self, index: int) -> Chains:
-        """Return the rows of an accumulation group, with fresh sequences in place of those whose chains are over."""
+        """Return the rows of an accumulation group, with fresh sequences in place of those whose chains are over.
+
+        What a step changes is a copy, so that hooks see what has been trained on; the sequences stay until the next.
+        """
         stream, group = self.stream, self._groups.get(index)
         if group is None:
-            group = self._take_over(index, stream.refilled_by_host(index))
-            return group.chains
+            return self._take_over(index, stream.refilled_by_host(index)).as_they_are()
         if group.chains is not stream.groups[index]:
             # The step before cut blocks of another size, or counted in other stages.
             chains = stream.groups[index]
@@ -172,7 +174,7 @@ class RowsOnDevice:
         self.supply.make_ready()
         self._seed("start", stream.step)
         group.refill()
-        return group.chains
+        return group.as_they_are()
 
     def _take_over(self, index: int, chains: Chains) -> "_Group":
         group = self._groups[index] = _Group(self, index, chains.map(torch.clone))
@@ -308,7 +310,7 @@ class RowsOnDevice:
         groups = self._optimizer.param_groups
         before = [(group["lr"], group["capturable"]) for group in groups]
         for group, rate in zip(groups, self._rates, strict=True):
-            group.update(lr=rate, capturable=True)
+            group.update(lr=rate, capturable=rate.is_cuda)  # a word that optimizers refuse on a CPU
         try:
             yield
         finally:
@@ -341,6 +343,11 @@ class _Group:
         self.predicted = self._predicted()
         self.work: dict[tuple[Any, ...], graphs.Graph[Tensor]] = {}
         self.refill = graphs.Graph(self._refill, rows.device, [rows.generators["start"]], pool=rows._pool)
+
+    def as_they_are(self) -> Chains:
+        """Return the chains as a step would not change them."""
+        now = self.chains
+        return replace(now, xt=now.xt.clone(), stage=now.stage.clone(), done=now.done.clone())
 
     def write(self, chains: Chains) -> None:
         """Change the rows in place."""
@@ -404,6 +411,12 @@ def _of_hooks(module: "StreamedModule") -> str | None:
         for name in CALLBACK_HOOKS:
             if getattr(type(callback), name) is not getattr(pl.Callback, name):
                 return f"{name} of {type(callback).__name__}, which is to be called within it"
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return f"a hook on the gradient of {name}"
+    for name, part in module.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return f"a hook on {name or type(module).__name__}"
     for observer in module.stream.observers:
         owner = getattr(observer, "__self__", observer)
         if not getattr(owner, "in_place", False):

@@ -133,6 +133,14 @@ class Stream:
 
     @property
     @on_host
+    def num_taken(self) -> float:
+        """How many sequences were taken since the start of the run; to be added up over the ranks."""
+        if self.on_device is not None:
+            self.on_device.settle()
+        return self.sequences.num_taken
+
+    @property
+    @on_host
     def num_masked(self) -> int | None:
         """Masked positions of the batch yielded last, all rows together; known without waiting for the device.
 
