@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from recorder import use_recorder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -27,6 +27,7 @@ from puma_lightning import (
     WarmupCosine,
     pad_collate,
 )
+from puma_lightning.training import averaging
 from puma_lightning.training import captured as captured_module
 from puma_lightning.training.captured import RowsOnDevice
 from puma_lightning.training.sequences import CleanSequences
@@ -73,6 +74,21 @@ class Drops(nn.Module):
 
     def forward(self, input_ids):
         return self.layers(input_ids)
+
+
+class Buffered(Drops):
+    """With buffers that change, of which one is of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("moving", torch.zeros(3))
+
+    def forward(self, input_ids):
+        if self.training:
+            self.seen.add_(1)
+            self.moving.add_(0.25)
+        return super().forward(input_ids)
 
 
 def transformer(**options: Any) -> TransformerBackbone:
@@ -183,6 +199,36 @@ def test_so_it_does_in_every_set_up(recorded, setup):
     again, same_weights, _ = run(True, **options)
     assert again == losses and same(weights, same_weights)
     assert [is_recorded(rows) for rows in recorded] == [True]
+
+
+@pytest.mark.parametrize("group_bytes", [1, 2**26])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"update_every_n_steps": 3},
+        {"update_starting_at_step": 7},
+        {"update_starting_at_epoch": 0, "update_starting_at_step": 100},
+        {"update_starting_at_epoch": 0, "update_starting_at_step": 18},
+        {"use_buffers": True},
+    ],
+    ids=str,
+)
+def test_averaged_weights_are_those_of_lightning(monkeypatch, recorded, options, group_bytes):
+    """The average is part of the step, and the callback knows of it; so do validations, which use it."""
+    monkeypatch.setattr(averaging, "GROUP_BYTES", group_bytes)
+    found = []
+    for captured in (False, True):
+        average = EMAWeightAveraging(**{"decay": 0.8, "use_buffers": False, **options})
+        losses, weights, trainer = run(
+            captured, ProgressiveUnmasking(3), callbacks=[average], accumulate_grad_batches=2, backbone=Buffered
+        )
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        state = average._average_model.state_dict()
+        found.append((losses, metrics, average.state_dict()))
+        found[-1] += tuple({name: value.tolist() for name, value in each.items()} for each in (weights, state))
+    assert found[0] == found[1]
+    assert [is_recorded(rows) for rows in recorded] == [True] and len(recorded[0]._averages) == 1
 
 
 @pytest.mark.parametrize("block_size", [3, [[0, 3], [9, 6]]], ids=["blocks", "a curriculum of blocks"])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from puma_lightning import graphs
 from puma_lightning.chain.chains import Chains
 from puma_lightning.output.prediction import Prediction
+from puma_lightning.training.averaging import AverageInStep, averages_in_step
 from puma_lightning.training.lightning_internals import (
     OwnStep,
     is_on_one_device,
@@ -148,6 +149,7 @@ class RowsOnDevice:
         exact = torch.float32 if self.device.type == "cuda" else torch.float64
         self._rates = [torch.zeros((), dtype=exact, device=self.device) for _ in self._optimizer.param_groups]
         self._settings = self._optimizer_settings()
+        self._averages = averages_in_step(module.trainer, module)
         self._recorded = False  # whether a step has been recorded
         # Where the gradients of several batches are added up, once a whole step has been taken.
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
@@ -203,17 +205,22 @@ class RowsOnDevice:
             most = group.chains.xt.numel()
             self.num_masked = min(most, -(-int(group.predicted) // BUCKET) * BUCKET)
         parts = module.trainer.accumulate_grad_batches
-        work = partial(self._train, group, parts, first, last)
+        due = [average for average in self._averages if last and average.is_due(module.trainer)]
+        work = partial(self._train, group, parts, first, last, due)
+        kind = (parts, first, last, first and bool(self._gradients), *(self._averages.index(a) for a in due))
+        usual = self._is_usual(group) and not any(average.is_first for average in due)
         try:
-            if not self._records or not self._is_usual(group):
+            if not self._records or not usual:
                 with graphs.aside(self.device):
                     loss = work()
             else:
-                loss = self._graph(group, (parts, first, last, first and bool(self._gradients)), work)()
+                loss = self._graph(group, kind, work)()
         except graphs.CannotRecord as error:
             loss = self._unrecorded(error, work)
         finally:
             self.step = self.num_masked = None
+        for average in due:
+            average.note(module.trainer)
         if last and len(stream.groups) > 1 and not self._gradients:
             self._gradients = [(p, p.grad) for p in module.parameters() if p.grad is not None]
         if self.supply is not None:
@@ -250,7 +257,7 @@ class RowsOnDevice:
             and self._optimizer_settings() == self._settings
         )
 
-    def _train(self, group: "_Group", parts: int, first: bool, last: bool) -> Tensor:
+    def _train(self, group: "_Group", parts: int, first: bool, last: bool, due: list[AverageInStep]) -> Tensor:
         """Take a step as Lightning does: this is what is recorded."""
         module: Any = self.module
         trainer, optimizer = module.trainer, self._optimizer
@@ -265,6 +272,8 @@ class RowsOnDevice:
             module.configure_gradient_clipping(optimizer, *clip)
             with self._rates_on_device():
                 optimizer.step()
+        for average in due:
+            average.update()
         # Only now: the backward pass reads the tokens.
         self._write(group)
         return cast(Tensor, loss.detach())

@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Si
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from torch.optim.swa_utils import AveragedModel
 
 
 def is_made_by_command_line() -> bool:
@@ -424,6 +425,21 @@ class OwnStep:
             progress.step.increment_completed()
         parts = trainer.accumulate_grad_batches
         return {"loss": loss / parts if parts > 1 else loss}  # as Lightning has it
+
+
+def average_of(callback: WeightAveraging) -> AveragedModel | None:
+    """Return the average of a callback; None outside a fit."""
+    return callback._average_model
+
+
+def is_average_due(callback: WeightAveraging, step: int) -> bool:
+    """Tell whether a callback updates its average when so many optimizer steps have been taken."""
+    return step > callback._latest_update_step and callback.should_update(step_idx=step - 1)
+
+
+def note_average(callback: WeightAveraging, step: int) -> None:
+    """Have a callback know that its average has been updated when so many optimizer steps had been taken."""
+    callback._latest_update_step = step
 
 
 @contextmanager
