@@ -604,7 +604,7 @@ def test_all_processes_stop_if_the_loss_of_one_is_not_finite(bad, monkeypatch):
     run = trainer(max_steps=2)
     run.fit(made, loader())
     if bad == 0:
-        made.finite._finite = torch.tensor(False)
+        made.finite._unseen.append((1, torch.tensor(math.nan)))
     gathered = []
 
     def gather(states: list[Any], state: dict[str, Any]) -> None:

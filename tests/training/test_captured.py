@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from puma_lightning import (
     AutoregressiveLM,
     BlockDiffusion,
+    ChainDiagnostics,
     ForwardProcess,
     MaskedDiffusion,
     MixedMasking,
@@ -421,6 +422,35 @@ def test_a_run_leaves_trainer_and_stream_as_they_were(recorded):
         assert trainer.global_step == 12
         found.append((batch["xt"].tolist(), module.state_dict()["backbone.embed_tokens.weight"].tolist()))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("model", [MaskedDiffusion, partial(BlockDiffusion, block_size=[[0, 3], [9, 6]])])
+def test_what_the_chains_did_is_seen_although_no_step_is_watched(recorded, model):
+    """All that ``ChainDiagnostics`` logs, at several validations, one of them before all rows are in use."""
+    found = []
+    options = {"val_check_interval": 5, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
+    for captured in (False, True):
+        watches = ChainDiagnostics(num_sequences=4)
+        losses, _, _ = run(captured, ProgressiveUnmasking(3, threshold=0.2), model, callbacks=[watches], **options)
+        found.append((losses, watches.history))
+    assert found[0] == found[1] and len(found[0][1]) == 8
+    assert {"loss_1", "by_count", "length", "sequences", "mismatch"} <= set(found[0][1][-1])
+    assert is_recorded(recorded[0])
+
+
+def test_a_loss_that_is_no_number_stops_a_recorded_run(recorded):
+    """With the step in which it appeared, and not only in the last of its execution."""
+
+    class Spoils(pl.Callback):
+        every_step = True
+
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 13:
+                module.backbone.layers[2].bias.data.fill_(torch.nan)
+
+    with pytest.raises(ValueError, match=r"got one that is not finite.*by optimizer step 13; go on from"):
+        run(True, RandomMasking(), backbone=Drops, callbacks=[Spoils()], executions=4)
+    assert is_recorded(recorded[0])
 
 
 def test_hooks_are_given_what_has_been_trained_on(recorded):

@@ -40,9 +40,15 @@ class ChainDiagnostics(Callback):
         num_sequences: At most so many sequences of the next batch have their masks compared, in each process.
         num_parts: Equal parts of the share revealed to tell the loss of.
 
+    Attributes:
+        in_place: That what it does in a step is work on tensors that stay where they are, so that it can be part of a
+            recorded step.
+
     Raises:
         ValueError: If a number is below 1, or (when training starts) the model has no chains.
     """
+
+    in_place = True
 
     def __init__(self, sampler: AnySampler | None = None, num_sequences: int = 64, num_parts: int = 4) -> None:
         for name, number in (("num_sequences", num_sequences), ("num_parts", num_parts)):
@@ -53,7 +59,8 @@ class ChainDiagnostics(Callback):
         self.num_parts = num_parts
         self.path: Path | None = None
         self.history: list[dict[str, float]] = []
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # since the last validation; they stay where they are
+        self._agreed: tuple[Tensor, Tensor] | None = None
         self._ages: dict[int, tuple[int, Tensor]] = {}  # by group: block length, and steps so far, (B, blocks)
         self._unmasking: Unmasking | None = None
 
@@ -64,7 +71,7 @@ class ChainDiagnostics(Callback):
                 f"ChainDiagnostics: expected a diffusion model, got {type(pl_module).__name__}; leave the callback out"
             )
         self.history = [past for past in self.history if past["step"] <= trainer.global_step]
-        self._sums, self._ages = {}, {}
+        self._sums, self._ages, self._agreed = {}, {}, None
         self._unmasking = pl_module.forward_process.unmasking
         pl_module.stream.observers.append(self._observe)
 
@@ -104,10 +111,16 @@ class ChainDiagnostics(Callback):
         ended = running & after.done
         self._add("length", age.masked_fill(~ended, 0).nansum())
         self._add("ended", (ended & ~age.isnan()).sum().float())
-        self._ages[group] = size, age.masked_fill(after.done, 0).view(-1, blocks)
+        age = age.masked_fill(after.done, 0).view(-1, blocks)
+        if group in self._ages and self._ages[group][1].shape == age.shape:
+            age = self._ages[group][1].copy_(age)
+        self._ages[group] = size, age
 
     def _add(self, name: str, values: Tensor) -> None:
-        self._sums[name] = self._sums[name] + values if name in self._sums else values
+        if name in self._sums:
+            self._sums[name].add_(values)
+        else:
+            self._sums[name] = values.clone()
 
     def on_validation_batch_end(
         self,
@@ -119,18 +132,22 @@ class ChainDiagnostics(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Compare masks, while the weights are those that are validated."""
-        if not batch_idx and not dataloader_idx and self._sums and trainer.state.fn == "fit":
+        begins = not batch_idx and not dataloader_idx and trainer.state.fn == "fit"
+        if begins and self._sums and self._sums["chains"].any():
             assert isinstance(pl_module, MaskedDiffusion)
-            self._sums["kept"], self._sums["possible"] = self._agreement(trainer, pl_module)
+            self._agreed = self._agreement(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log, draw, and start adding up again."""
-        if "kept" not in self._sums:
+        if self._agreed is None:
             return
         assert isinstance(pl_module, MaskedDiffusion)
         taken = torch.tensor(float(pl_module.stream.num_taken), device=pl_module.device)
-        sums = {**self._sums, "sequences": taken}
-        self._sums = {}
+        sums = {name: values.clone() for name, values in self._sums.items()}
+        sums |= {"kept": self._agreed[0], "possible": self._agreed[1], "sequences": taken}
+        self._agreed = None
+        for values in self._sums.values():
+            values.zero_()
         sums = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
         entry = {f"loss_{i + 1}": loss for i, loss in enumerate((sums["loss"] / sums["chains"]).tolist())}
         entry["by_count"] = float(sums["by_count"] / sums["steps"])

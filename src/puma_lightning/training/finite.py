@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 
 from puma_lightning.training.checkpoints import latest_checkpoint
 from puma_lightning.training.host import on_host
+
+MOST_UNSEEN = 1024  # losses that are not looked at where nothing is logged
 
 
 class FiniteCheck:
@@ -20,29 +23,35 @@ class FiniteCheck:
     """
 
     def __init__(self) -> None:
-        self._finite: Tensor | None = None
+        self._unseen: list[tuple[int, Tensor]] = []  # optimizer steps, and losses that were not looked at
+        self._first: int | None = None  # the first step whose loss was not finite
 
     def reset(self) -> None:
         """Forget earlier losses, at the start of a run."""
-        self._finite = None
+        self._unseen, self._first = [], None
 
     @on_host
     def observe(self, loss: Tensor, trainer: pl.Trainer) -> None:
-        """Note a loss, and look at it if that is due.
+        """Note a loss, which must stay as it is, and look at it if that is due.
 
         Raises:
             ValueError: If the loss is not finite; names the step and the last good checkpoint.
         """
-        finite = loss.detach().isfinite()
-        self._finite = finite if self._finite is None else self._finite & finite
+        self._unseen.append((trainer.global_step, loss.detach()))
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if loss.device.type == "cpu" or (every and (trainer.global_step + 1) % every == 0):
+        due = (trainer.global_step + 1) % every == 0 if every else len(self._unseen) >= MOST_UNSEEN
+        if loss.device.type == "cpu" or due:
             self.stop_if_not(trainer)
 
     @property
     def all_finite(self) -> bool:
         """Whether all losses so far were finite; the host waits for an accelerator to learn it."""
-        return self._finite is None or bool(self._finite)
+        if self._unseen and self._first is None:
+            finite = torch.stack([loss for _, loss in self._unseen]).isfinite().tolist()
+            steps = [step for step, _ in self._unseen]
+            self._first = next((step for step, is_finite in zip(steps, finite, strict=True) if not is_finite), None)
+        self._unseen = []
+        return self._first is None
 
     def stop_if_not(self, trainer: pl.Trainer) -> None:
         """Stop all processes together: those that went on would wait for the others."""
@@ -50,7 +59,7 @@ class FiniteCheck:
         if trainer.world_size > 1:
             finite = trainer.strategy.reduce_boolean_decision(finite)
         if not finite:
-            refuse_non_finite(trainer, "loss")
+            refuse_non_finite(trainer, "loss", self._first)
 
 
 def check_finite_weights(module: nn.Module, trainer: pl.Trainer | None) -> None:
@@ -93,11 +102,11 @@ def _named_tensors(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _named_tensors(value, f"{name}.{key}" if name else str(key))
 
 
-def refuse_non_finite(trainer: pl.Trainer, what: str) -> None:
+def refuse_non_finite(trainer: pl.Trainer, what: str, step: int | None = None) -> None:
     """Raise the ValueError for a number that is not finite in training; name the step and the last good checkpoint."""
-    last = latest_checkpoint(trainer)
+    last = latest_checkpoint(trainer) or "of which there is none yet"
+    step = trainer.global_step if step is None else step
     raise ValueError(
-        f"{what}: expected numbers, got one that is not finite (NaN or infinite) by optimizer step "
-        f"{trainer.global_step}; go on from the last good checkpoint, {last or 'of which there is none yet'}, with a "
-        "lower learning rate or gradient clipping"
+        f"{what}: expected numbers, got one that is not finite (NaN or infinite) by optimizer step {step}; go on from "
+        f"the last good checkpoint, {last}, with a lower learning rate or gradient clipping"
     )
