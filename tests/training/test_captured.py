@@ -303,6 +303,11 @@ class OwnStep(MaskedDiffusion):
         return super().training_step(batch, batch_idx)
 
 
+class OwnTransfer(MaskedDiffusion):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch
+
+
 class WatchesGradients(pl.Callback):
     def on_before_optimizer_step(self, trainer, module, optimizer):
         pass
@@ -343,6 +348,7 @@ OBSTACLES = {
     "looks, says the process": ({"process": LooksAtXt(3)}, "advance of LooksAtXt, which looks at a value"),
     "a process of one's own": ({"process": DependsOnTheStep(3)}, "advance of DependsOnTheStep, which does not say"),
     "a step of one's own": ({"model": OwnStep}, "training_step of OwnStep"),
+    "a transfer of one's own": ({"model": OwnTransfer}, "on_after_batch_transfer of OwnTransfer"),
     "a callback within it": ({"callbacks": [WatchesGradients()]}, "on_before_optimizer_step of WatchesGradients"),
     "a hook": ({"backbone": lambda: _hooked("register_forward_hook")}, "a hook on backbone.layers"),
     "a hook on a gradient": ({"backbone": lambda: _hooked("register_hook")}, "a hook on the gradient of .*layers.0"),

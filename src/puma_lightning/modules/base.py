@@ -196,7 +196,7 @@ class StreamedModule(pl.LightningModule):
         self.resume.restore_gradients(self)
         correct_place(self.trainer)
         self.captured.begin(self)
-        self.executions.begin(self.trainer)
+        self.executions.begin(self.trainer, on_device=self.captured.is_active)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tie dropout, and whatever else draws from the global generators, to (seed, rank, step)."""

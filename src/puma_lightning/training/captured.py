@@ -41,6 +41,7 @@ MODULE_HOOKS = (
     "configure_gradient_clipping", "on_before_zero_grad", "on_before_backward", "on_after_backward",
     "on_before_optimizer_step",
 )  # fmt: skip
+TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 CALLBACK_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
 
@@ -97,6 +98,11 @@ class CapturedStep:
         if self._rows is not None:
             self._rows.close()
         self._rows = self._instead = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the steps of the run are recorded."""
+        return self._rows is not None
 
     @property
     def is_being_taken(self) -> bool:
@@ -411,11 +417,13 @@ def _of_device(trainer: pl.Trainer) -> str | None:
 def _of_hooks(module: "StreamedModule") -> str | None:
     """Say what of a step is somebody's own, and may do what is not repeated by a recording."""
     trainer = module.trainer
-    for name in MODULE_HOOKS:
-        method = getattr(type(module), name, None)
-        known = method is None or method.__module__.partition(".")[0] in ("puma_lightning", "lightning")
-        if not known or name in vars(module):
-            return f"{name} of {type(module).__name__}, which may do more than work on tensors"
+    data: Any = getattr(trainer, "datamodule", None)
+    for part, names in ((module, (*MODULE_HOOKS, *TRANSFERS)), (data, TRANSFERS)):
+        for name in names:
+            method = getattr(type(part), name, None)
+            known = method is None or method.__module__.partition(".")[0] in ("puma_lightning", "lightning")
+            if not known or name in getattr(part, "__dict__", {}):
+                return f"{name} of {type(part).__name__}, which may do more than work on tensors"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name in CALLBACK_HOOKS:
             if getattr(type(callback), name) is not getattr(pl.Callback, name):

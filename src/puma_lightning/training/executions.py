@@ -55,11 +55,16 @@ class Executions:
         """
         self._number = self.number(trainer)
 
-    def begin(self, trainer: pl.Trainer) -> None:
-        """Take N steps at a time from now on."""
+    def begin(self, trainer: pl.Trainer, on_device: bool = False) -> None:
+        """Take N steps at a time from now on.
+
+        Args:
+            trainer: The Trainer of a run that begins.
+            on_device: Whether batches are on the device, and as they are to be.
+        """
         self.end()
         if self._number > 1:
-            self._between = StepsBetween(trainer, self._number)
+            self._between = StepsBetween(trainer, self._number, on_device)
 
     def end(self) -> None:
         """Leave the Trainer as it was."""

@@ -309,14 +309,15 @@ class StepsBetween:
     Args:
         trainer: The Trainer of a run that begins.
         steps: Callbacks have their turn when the number of optimizer steps is a multiple of this.
+        on_device: Whether batches are on the device, and as they are to be.
 
     Attributes:
         within: Whether the step that is being taken is one of them.
     """
 
-    def __init__(self, trainer: pl.Trainer, steps: int) -> None:
+    def __init__(self, trainer: pl.Trainer, steps: int, on_device: bool = False) -> None:
         self.within = False
-        self._trainer, self._steps = trainer, steps
+        self._trainer, self._steps, self._on_device = trainer, steps, on_device
         self._epoch = trainer.fit_loop.epoch_loop
         self._advance = self._epoch.advance
         self._epoch.advance = self._several  # type: ignore[method-assign]
@@ -362,9 +363,10 @@ class StepsBetween:
         batch, _, _ = next(data_fetcher)
         index = epoch.batch_idx + 1
         progress.is_last_batch = data_fetcher.done
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        if not self._on_device:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
         progress.increment_ready()
         trainer._logger_connector.on_batch_start(batch)
         if call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, index) == -1:
@@ -373,9 +375,11 @@ class StepsBetween:
             raise StopIteration
         call._call_strategy_hook(trainer, "on_train_batch_start", batch, index)
         progress.increment_started()
-        outputs = epoch.automatic_optimization.run(
-            trainer.optimizers[0], index, epoch._build_kwargs(OrderedDict(), batch, index)
-        )
+        if self._on_device:
+            arguments: Any = OrderedDict(batch=batch, batch_idx=index)
+        else:
+            arguments = epoch._build_kwargs(OrderedDict(), batch, index)
+        outputs = epoch.automatic_optimization.run(trainer.optimizers[0], index, arguments)
         progress.increment_processed()
         epoch.update_lr_schedulers("step", update_plateau_schedulers=False)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
