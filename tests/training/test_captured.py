@@ -1,5 +1,7 @@
 """Recorded training steps: on a CPU a recorder stands in for CUDA graphs, which refuses what they refuse."""
 
+import subprocess
+import sys
 import warnings
 from functools import partial
 from typing import Any
@@ -475,6 +477,39 @@ def test_hooks_are_given_what_has_been_trained_on(recorded):
     for captured, each in zip((False, True), notes, strict=True):
         run(captured, ProgressiveUnmasking(3, threshold=0.2), callbacks=[each], accumulate_grad_batches=2)
     assert notes[0].seen == notes[1].seen and len(notes[0].seen) == 40
+
+
+IN_TWO_PROCESSES = """
+import sys, torch, lightning.pytorch as pl
+from torch.utils.data import DataLoader
+from puma_lightning import MaskedDiffusion, TransformerBackbone, graphs
+graphs.can_record = lambda device: True
+graphs.record = None  # must not be called
+rows = [{"input_ids": row} for row in torch.randint(9, (48, 12), generator=torch.Generator().manual_seed(0))]
+weights = []
+for captured in (False, "auto", True):
+    pl.seed_everything(1)
+    backbone = TransformerBackbone(10, 16, 24, num_layers=1, num_heads=2, max_length=12)
+    module = MaskedDiffusion(backbone, 9, captured=captured)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp_notebook", max_steps=6, logger=False,
+                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(module, DataLoader(rows, 4, shuffle=True))
+    weights.append(torch.cat([p.flatten() for p in module.parameters()]))
+    if captured == "auto":
+        print("same:", torch.equal(*weights))
+"""
+
+
+def test_two_processes_train_as_they_do_without_and_say_so(tmp_path):
+    """Nothing is recorded around the exchange of gradients."""
+    (tmp_path / "run.py").write_text(IN_TWO_PROCESSES)
+    command = [sys.executable, "run.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert "same: True" in done.stdout, done.stderr[-2000:]
+    where = "2 process(es) under DDPStrategy, which share gradients within it"
+    assert f"steps are not recorded, and a GPU may wait for the host: {where}" in done.stderr
+    assert f"captured: expected a training step that can be recorded, got {where}" in done.stderr
+    assert done.returncode
 
 
 # --- the supply ---
