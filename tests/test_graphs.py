@@ -121,7 +121,7 @@ def test_on_cuda_it_is_recorded_on_a_stream_of_its_own_with_all_generators(monke
             said.append("wait")
 
     @contextmanager
-    def recording(graph, pool, stream):
+    def recording(graph, pool, stream, capture_error_mode):
         said.append(("begin", pool, type(stream)))
         yield
         said.append("end")

@@ -100,7 +100,9 @@ def record(
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=_stream(device)):
+    # Other threads, such as one that pins memory for a loader, do not disturb it.
+    recording = torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local")
+    with torch.cuda.device(device), recording:
         result = function()
     return graph.replay, result
 
