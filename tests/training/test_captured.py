@@ -133,6 +133,7 @@ def run(
     scheduler: Any = Schedule,
     executions: int = 1,
     shuffle: bool = True,
+    accelerator: str = "cpu",
     **options: Any,
 ) -> tuple[list[float], dict[str, Tensor], pl.Trainer]:
     pl.seed_everything(1, verbose=False)
@@ -145,7 +146,8 @@ def run(
     losses = EveryLoss()
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     options = {"enable_checkpointing": saves, "gradient_clip_val": 0.5, **options}
-    trainer = pl.Trainer(accelerator="cpu", max_steps=steps, callbacks=[losses, *callbacks], **QUIET, **options)
+    options |= {"accelerator": accelerator, "devices": 1, "max_steps": steps, "callbacks": [losses, *callbacks]}
+    trainer = pl.Trainer(**QUIET, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loader = DataLoader(data, BATCH, shuffle=shuffle and not isinstance(data, IterableDataset))
@@ -510,6 +512,56 @@ def test_two_processes_train_as_they_do_without_and_say_so(tmp_path):
     assert f"steps are not recorded, and a GPU may wait for the host: {where}" in done.stderr
     assert f"captured: expected a training step that can be recorded, got {where}" in done.stderr
     assert done.returncode
+
+
+# --- on a GPU ---
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("setup", ["plain", "accumulation", "executions", "half precision", "dropout", "validations"])
+@pytest.mark.parametrize("process", ["threshold", "schedule", "random"])
+def test_on_a_gpu_a_recorded_run_is_the_one_of_the_same_work_unrecorded(monkeypatch, process, setup):
+    """Up to rounding: kernels may add up in another order."""
+    options = {"process": PROCESSES[process], "accelerator": "gpu", "steps": 24, **SETUPS[setup]}
+    losses, weights, _ = run(True, **options)
+    monkeypatch.setattr(RowsOnDevice, "_is_usual", lambda rows, group: False)
+    again, same_weights, _ = run(True, **options)
+    assert again == pytest.approx(losses, rel=2e-2 if setup == "half precision" else 1e-3)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, same_weights[name], rtol=5e-2, atol=5e-3)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("large", [False, True])
+def test_on_a_gpu_a_resumed_recorded_run_is_the_uninterrupted_one(tmp_path, large):
+    """The same sequences, masks and order of positions; losses up to rounding."""
+    options = {"process": PROCESSES["threshold"], "accelerator": "gpu", "steps": 24, "large": large}
+    saves = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=9)
+    saves.on_train_batch_end = partial(_save_at, saves, 9)
+    losses, _, first = run(True, callbacks=[saves], **options)
+    second, _, again = run(True, ckpt=tmp_path / "saved.ckpt", executions=3, **options)
+    assert second == pytest.approx(losses[9:], rel=1e-3)
+    positions = [trainer.lightning_module.stream.sequences.position for trainer in (first, again)]
+    assert positions[0] == positions[1]
+
+
+@on_a_gpu
+def test_on_a_gpu_a_step_does_not_wait_before_it_is_recorded(monkeypatch):
+    """CUDA's own debug mode is the judge of the steps that are taken as they are."""
+    train = RowsOnDevice._train
+
+    def strictly(rows, *arguments):
+        torch.cuda.set_sync_debug_mode("error" if rows.step else "default")  # in the first, moments are made
+        try:
+            return train(rows, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(RowsOnDevice, "_train", strictly)
+    losses, _, _ = run(True, PROCESSES["threshold"], accelerator="gpu", callbacks=[ChainDiagnostics()])
+    assert len(losses) == 20
 
 
 # --- the supply ---

@@ -48,8 +48,9 @@ CALLBACK_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backwar
 class CapturedStep:
     """Has a run take recorded steps, where that is possible.
 
-    A step computes what it does otherwise: the same sequences in the same order, the same random numbers on a CPU, the
-    same loss, gradients, clipping and optimizer. In the first steps of a kind nothing is recorded yet.
+    A step computes what it does otherwise: the same sequences in the same order, the same loss, gradients, clipping and
+    optimizer. The masks with which sequences enter are drawn on the device and not on the CPU, so on a GPU their random
+    numbers are others. In the first steps of a kind nothing is recorded yet.
 
     Args:
         captured: Whether to record steps; ``auto`` for where nothing stands in the way, which is looked for when
