@@ -2,6 +2,7 @@
 
 import copy
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from puma_lightning import ProgressiveUnmasking
 from puma_lightning.chain.student import Sample
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -27,6 +29,51 @@ def script(name: str):
 published_chain, published = script("published_chain"), script("_published")
 train_step, block, sampling, data = script("train_step"), script("block"), script("sampling"), script("data")
 eos, host = script("eos"), script("host")
+
+
+@pytest.fixture
+def bytes_of_a_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """``bytes.py``, whose name is that of nothing to import but of a type too."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = spec_from_file_location("bytes_of_a_step", BENCHMARKS / "bytes.py")
+    made = module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_bytes_are_those_counted_by_hand(bytes_of_a_step):
+    counts = bytes_of_a_step.Counts()
+    x, weight, buffer = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, 5)
+    with counts:
+        counts.part = "product"
+        product = x @ weight.t()
+        counts.part = "in place"
+        product.exp_()
+        counts.part = "into a buffer"
+        torch.sub(product, 1.0, out=buffer)
+        counts.part = "chosen"
+        buffer.gather(1, torch.zeros(3, 1, dtype=torch.long))
+        counts.part = "copied"
+        buffer.copy_(product)
+    found = {name: (each["operators"], each["read"], each["written"]) for name, each in counts.found.items()}
+    assert found.pop("chosen")[1:] == (3 * 4 + 3 * 8 + 0, 3 * 4 + 3 * 8)  # with the zeros that are made for the index
+    assert found == {
+        "product": (1, 4 * (12 + 20), 4 * 15),
+        "in place": (1, 4 * 15, 4 * 15),
+        "into a buffer": (1, 4 * 15, 4 * 15),
+        "copied": (1, 4 * 15, 4 * 15),
+    }
+    assert counts.found["product"]["flops"] == 2 * 3 * 4 * 5
+
+
+def test_bytes_of_all_parts_of_a_step_are_counted(bytes_of_a_step):
+    shape = copy.deepcopy(bytes_of_a_step.SHAPES["tinygsm"])
+    shape["backbone"] |= {"num_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    parts = bytes_of_a_step.count(shape, ProgressiveUnmasking(4, threshold=0.9))
+    assert {"backbone, forward", "head and loss", "backward", "clipping", "optimizer", "average"} < set(parts)
+    logits = shape["masked"] * shape["backbone"]["vocab_size"]
+    moved = parts["head and loss"]["read"] + parts["head and loss"]["written"]
+    assert 32 * logits < moved < 36 * logits
 
 
 def test_script_is_a_function_of_sequence_position_and_count(published_chain):
