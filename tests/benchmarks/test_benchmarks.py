@@ -1,6 +1,9 @@
 """The benchmarks run, and the test that compares chains can tell alike from different."""
 
 import copy
+import json
+import subprocess
+import sys
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from recorder import use_recorder
 
 from puma_lightning import ProgressiveUnmasking
 from puma_lightning.chain.student import Sample
@@ -28,7 +32,7 @@ def script(name: str):
 
 published_chain, published = script("published_chain"), script("_published")
 train_step, block, sampling, data = script("train_step"), script("block"), script("sampling"), script("data")
-eos, host = script("eos"), script("host")
+eos, host, gpu = script("eos"), script("host"), script("gpu")
 
 
 @pytest.fixture
@@ -217,3 +221,47 @@ def test_ends_of_answers_are_told_apart(eos):
     assert found["runs_on"] == [False, False, False, True, False]
     assert found["text_after_eos"] == [False, False, False, False, True]
     assert found["length"][0] == found["length"][4] == len(program) and found["passes"] == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture
+def small_gpu_run(tmp_path):
+    """``gpu.py`` on a CPU, as its command line runs it."""
+
+    def run(*words: str) -> dict:
+        command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+        subprocess.run([*command, *words], check=True, capture_output=True, timeout=200)
+        assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+        return json.loads((tmp_path / "gpu.json").read_text())["parts"]
+
+    return run
+
+
+def test_every_part_of_the_gpu_benchmark_says_what_it_found(small_gpu_run):
+    """Or why it found nothing, as on a CPU."""
+    parts = small_gpu_run("--only", "capability", "sudoku", "tinygsm", "published")
+    assert parts["capability"]["skipped"] and parts["published"]["skipped"]
+    for side in (parts["sudoku"]["PUMA"], parts["tinygsm"]["compiled"]):
+        assert side["ms_a_step"] >= side["ms_of_the_host"] > 0
+    assert parts["sudoku"]["PUMA, recorded"] == {"skipped": "a CUDA graph needs a GPU"}
+
+
+def test_a_part_that_fails_or_takes_too_long_is_told(monkeypatch, gpu):
+    def dies(command, timeout, **options):
+        if timeout < 1:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(stdout="Traceback", returncode=3)
+
+    monkeypatch.setattr(gpu.subprocess, "run", dies)
+    assert gpu.part("sudoku", 9) == {"failed": "ended with 3"}
+    assert gpu.part("sudoku", 0.5) == {"failed": "not over after 0 s"}
+
+
+def test_recorded_sides_of_the_gpu_benchmark_train(monkeypatch, gpu):
+    """With the recorder in the place of CUDA; and recorded steps are the unrecorded ones there."""
+    use_recorder(monkeypatch)
+    args = SimpleNamespace(device="cpu", tiny=True)
+    process = ProgressiveUnmasking(4, threshold=0.2)
+    recorded = gpu.losses(gpu.run(args, "tinygsm", process, 16, 4, captured=True, executions=4, logger=False))
+    with gpu.unrecorded():
+        plain = gpu.losses(gpu.run(args, "tinygsm", process, 16, 4, captured=True, logger=False))
+    assert len(recorded) == 20 and gpu.difference(recorded, plain) == 0
