@@ -4,6 +4,9 @@ python benchmarks/host.py
 
 A PUMA step is taken in a bare loop (stream, loss, gradients, clipping, optimizer, schedule), and under a Trainer with
 EMA and the callbacks of the shipped configs, for several ``steps_per_execution``. ``overhead`` is what that adds.
+
+*Recorded* sides are runs with ``captured`` where nothing is computed: what stands in for a CUDA graph does its work
+once, and nothing when it is replayed. So their time is all that the host has to do for a step.
 """
 
 import argparse
@@ -12,6 +15,8 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,14 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from puma_lightning import ChainDiagnostics, MaskedDiffusion, ProgressiveUnmasking, TransformerBackbone, WarmupCosine
+from puma_lightning import (
+    ChainDiagnostics,
+    MaskedDiffusion,
+    ProgressiveUnmasking,
+    TransformerBackbone,
+    WarmupCosine,
+    graphs,
+)
 from puma_lightning.training.sequences import CleanSequences
 from puma_lightning.training.stream import Stream
 
@@ -43,12 +55,34 @@ class Clock(pl.Callback):
             self.seconds = time.perf_counter() - self.seconds
 
 
-def model(steps: int) -> MaskedDiffusion:
+@contextmanager
+def graphs_of_nothing() -> Iterator[None]:
+    """Have work be recorded on a CPU, by doing it once, and replayed by doing nothing."""
+    before = graphs.can_record, graphs.record
+
+    def record(function: Callable[[], Any], *_: Any) -> tuple[Callable[[], None], Any]:
+        result = function()
+        return lambda: None, result
+
+    graphs.can_record, graphs.record = (lambda device: True), record
+    try:
+        yield
+    finally:
+        graphs.can_record, graphs.record = before
+
+
+def model(steps: int, captured: bool = False) -> MaskedDiffusion:
     """One small layer."""
     backbone = TransformerBackbone(MASK + 1, 8, 8, num_layers=1, num_heads=1, max_length=LENGTH)
     schedule, optimizer = partial(WarmupCosine, warmup_steps=10), partial(torch.optim.AdamW, lr=1e-3, fused=True)
     return MaskedDiffusion(
-        backbone, MASK, ProgressiveUnmasking(8), optimizer=optimizer, scheduler=schedule, steps_per_execution=steps
+        backbone,
+        MASK,
+        ProgressiveUnmasking(8),
+        optimizer=optimizer,
+        scheduler=schedule,
+        steps_per_execution=steps,
+        captured=captured,
     )
 
 
@@ -58,7 +92,13 @@ def loader() -> DataLoader:
     return DataLoader([{"input_ids": row} for row in x0], BATCH, shuffle=True)
 
 
-def under_a_trainer(steps: int, start: int, end: int) -> float:
+def recorded(steps: int, start: int, end: int) -> float:
+    """Seconds of a step whose work is no work."""
+    with graphs_of_nothing():
+        return under_a_trainer(steps, start, end, captured=True)
+
+
+def under_a_trainer(steps: int, start: int, end: int, captured: bool = False) -> float:
     """Seconds of a step."""
     clock = Clock(start, end)
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +122,7 @@ def under_a_trainer(steps: int, start: int, end: int) -> float:
                 ModelCheckpoint(every_n_train_steps=end),
             ],
         )
-        trainer.fit(model(steps), loader(), loader())
+        trainer.fit(model(steps, captured), loader(), loader())
     return clock.seconds / (end - start)
 
 
@@ -121,6 +161,7 @@ def main() -> None:
     start, end = 64, 64 + options.steps
     sides = {"loop": partial(in_a_loop, start, end)}
     sides |= {f"N = {n}": partial(under_a_trainer, n, start, end) for n in options.executions}
+    sides |= {f"recorded, N = {n}": partial(recorded, n, start, end) for n in options.executions}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     order, shuffled = list(sides), random.Random(0)
     for done in tqdm(range(-1, options.rounds), desc="host"):
@@ -130,7 +171,11 @@ def main() -> None:
             if done >= 0:
                 seconds[name].append(taken)
     floor, first = statistics.median(seconds["loop"]), f"N = {options.executions[0]}"
-    over = {name: statistics.median(values) - floor for name, values in seconds.items() if name != "loop"}
+    over = {
+        name: statistics.median(values) - (0 if name.startswith("recorded") else floor)
+        for name, values in seconds.items()
+        if name != "loop"
+    }
     report = {
         "command": command_line(),
         **environment(),

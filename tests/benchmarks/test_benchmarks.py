@@ -121,6 +121,7 @@ def test_train_step_measures_all_processes(train_step):
 def test_the_host_is_timed_in_a_loop_and_under_a_trainer(host):
     assert 0 < host.in_a_loop(2, 4) < 60
     assert all(0 < host.under_a_trainer(steps, 4, 8) < 60 for steps in (1, 4))
+    assert 0 < host.recorded(4, 12, 16) < 60
 
 
 def test_train_step_takes_the_textbooks_step_in_turn(train_step):
