@@ -45,8 +45,12 @@ def reveal(
             f"policy: expected scores (B, L) = {tuple(xt.shape)}, got {tuple(scores.shape)}; return one score for each "
             "position"
         )
-    if scores.device.type == "cpu" and (scores.isnan() & masked).any():
-        raise ValueError("policy: expected numbers as scores, got NaN for a masked position; return a number there")
+    if scores.device.type == "cpu":
+        message = "policy: expected numbers as scores, got NaN for a masked position; return a number there"
+        try:
+            torch._assert_async(~(scores.isnan() & masked).any(), message)
+        except RuntimeError as error:
+            raise ValueError(message) from error
     # Positions that are not masked come last, behind a masked position scored -inf as well.
     scores = scores.float().clamp_min(torch.finfo(torch.float).min).masked_fill(~masked, float("-inf"))
     shuffle = torch.rand(xt.shape, dtype=torch.float, device=xt.device, generator=generator).argsort(dim=1)
