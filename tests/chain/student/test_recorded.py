@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from puma_lightning import MaskedDiffusion, TransformerBackbone, graphs
-from puma_lightning.chain.policies import Confidence, Entropy, LeftToRight, Margin, RandomOrder
+from puma_lightning.chain.policies import Confidence, Entropy, LeftToRight, Margin, Policy, RandomOrder
 from puma_lightning.chain.student import Sampler, any_order, recorded
 from puma_lightning.chain.student.recorded import Passes, RecordedPasses
 from puma_lightning.modules.masked_diffusion import Canvas
@@ -210,6 +210,35 @@ def test_a_sampler_that_is_changed_is_another(monkeypatch, recording):
     assert alike(sample(model, Sampler(tokens_per_step=2), all_masked), expected)
 
 
+class Favours(Policy):
+    """A policy of one's own with a state."""
+
+    def __init__(self):
+        self.token, self.by_position = 0, torch.zeros(LENGTH)
+
+    def __call__(self, logits, xt):
+        return logits[..., self.token] + self.by_position
+
+
+def test_a_policy_that_is_changed_is_another(monkeypatch, recording):
+    """Numbers that it has, and tensors that are others or that are changed."""
+    model, policy = module(), Favours()
+    changes = [
+        lambda: None,
+        lambda: setattr(policy, "token", 5),
+        lambda: setattr(policy, "by_position", torch.arange(12.0)),
+        lambda: policy.by_position.mul_(-1),
+    ]
+    orders = []
+    for change in changes:
+        change()
+        expected = unrecorded(monkeypatch, lambda: sample(model, Sampler(policy), blank()))
+        found = sample(model, Sampler(policy), blank())
+        assert alike(found, expected) and not any(torch.equal(found.reveal_step, other) for other in orders)
+        orders.append(found.reveal_step)
+    assert len(recording) == 3
+
+
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 @pytest.mark.parametrize("large", [False, True], ids=["logits", "large vocabulary"])
 def test_weights_that_are_changed_in_place_are_used_by_what_was_recorded(monkeypatch, recording, large, precision):
@@ -234,9 +263,12 @@ def test_weights_that_are_changed_in_place_are_used_by_what_was_recorded(monkeyp
         lambda model: model.double(),
         lambda model: setattr(model.backbone.norm, "weight", nn.Parameter(torch.linspace(-1, 1, 16))),
         lambda model: setattr(model, "backbone", module(seed=9).backbone),
+        lambda model: setattr(model, "shifted", True),
+        lambda model: setattr(model.backbone.norm, "eps", 100.0),
     ],
+    ids=["dtype", "a weight", "backbone", "attribute", "attribute of a part"],
 )
-def test_weights_that_lie_elsewhere_are_recorded_anew(monkeypatch, recording, change):
+def test_what_lies_elsewhere_or_is_another_is_recorded_anew(monkeypatch, recording, change):
     model, sampler = module(), Sampler()
     before = sample(model, sampler, batch())
     change(model)
@@ -428,6 +460,7 @@ def test_what_looks_at_values_is_sampled_from_as_it_is(monkeypatch, recording, b
             said += [str(warning.message) for warning in warned]
         assert alike(*drawn)
     assert len(said) == 1 and named in said[0] and "expected" in said[0] and "got" in said[0]
+    assert len(recording) == (policy is by_a_draw)  # looks are found before anything is recorded
 
 
 def test_an_error_of_the_model_is_raised_as_it_is(recording):

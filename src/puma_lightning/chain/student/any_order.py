@@ -11,7 +11,7 @@ from torch import Tensor
 from puma_lightning import graphs
 from puma_lightning.chain.policies import Confidence, Policy, PolicyLike, policy_name
 from puma_lightning.chain.step import Unmasking
-from puma_lightning.chain.student.recorded import Recordable, RecordedPasses
+from puma_lightning.chain.student.recorded import Recordable, RecordedPasses, state_of
 from puma_lightning.chain.student.sample import MaskedPredictor, Sample, Selectable, end_at_first_eos, name_of_draw
 from puma_lightning.output.drawing import check_draw, draw
 from puma_lightning.output.prediction import Prediction, exclude_token
@@ -169,8 +169,15 @@ class Sampler:
         take = partial(fixed._take_pass, mask_id=mask_id, eos_id=eos_id)
         policy = self.unmasking.policy
         stateless = isinstance(policy, Policy) and not vars(policy)  # then two of a class are alike
+        state = tuple((id(owner), value) for owner, value in state_of(policy))
         key = (
-            (type(policy) if stateless else id(policy), self.unmasking.threshold, self.tokens_per_step, self.num_steps),
+            (
+                type(policy) if stateless else id(policy),
+                state,
+                self.unmasking.threshold,
+                self.tokens_per_step,
+                self.num_steps,
+            ),
             (self.temperature, self.top_p, self.end_at_eos, mask_id, eos_id, generator is None),
             (device, sample.tokens.shape, *((n, x.shape, x.dtype) for n, x in model.inputs().items())),
             (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)),

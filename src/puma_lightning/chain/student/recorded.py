@@ -15,9 +15,10 @@ from puma_lightning.graphs import Graph, NoLooks, memory_pool
 
 @runtime_checkable
 class Recordable(Protocol):
-    """A model whose passes may be recorded: its weights and inputs, all of them tensors, are all that it depends on.
+    """A model whose passes may be recorded: what it predicts depends on its weights and on its inputs.
 
-    What else its Python reads is read once, when a pass is recorded.
+    Its Python is run once, when a pass is recorded. A public attribute of it that is another number or tensor later has
+    passes recorded anew; other things that it reads do not.
 
     Attributes:
         model: Has the weights.
@@ -180,8 +181,9 @@ class Passes:
     """The recorded passes of a model, by what they were recorded for.
 
     A model holds its own, so that they end with it; they hold the model in turn. A copy of a model, or what is
-    unpickled, begins without any. All are dropped when a weight lies elsewhere in memory or the model's mode is
-    another, as a graph reads the memory that it was recorded with; weights that are changed in place are read anew.
+    unpickled, begins without any. All are dropped when a weight lies elsewhere in memory, as a graph reads the memory
+    that it was recorded with, or when a plain attribute of a part of the model, such as its mode, is another. Weights
+    that are changed in place are seen by what is replayed.
 
     Attributes:
         MOST: How many batch shapes and samplers passes are kept for; beyond it all are dropped.
@@ -228,14 +230,31 @@ class Passes:
         return self._kept[key]
 
 
+def state_of(thing: Any) -> list[Any]:
+    """Return what is plain among the public attributes of an object, and where its tensors lie, as (owner, value).
+
+    Example:
+        >>> module = torch.nn.Dropout(0.5)
+        >>> [value for owner, value in state_of(module)]
+        [('training', True), ('p', 0.5), ('inplace', False)]
+    """
+    found: list[Any] = []
+    for name, value in getattr(thing, "__dict__", {}).items():
+        if isinstance(value, Tensor):
+            found.append((value, value.data_ptr()))
+        elif name[0] != "_" and isinstance(value, (bool, int, float, str, type(None))):
+            found.append((thing, (name, value)))
+    return found
+
+
 def _memory_of(model: nn.Module) -> list[Any]:
-    """Return a model, where its weights and buffers lie, and the modes of its parts."""
+    """Return all that passes were recorded with but the values of tensors, as (owner, value)."""
     tensors = [(tensor, tensor.data_ptr()) for tensor in (*model.parameters(), *model.buffers())]
-    return [(model, 0), *tensors, *((part, part.training) for part in model.modules())]
+    return [(model, None), *tensors, *(entry for part in model.modules() for entry in state_of(part))]
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:
-    """Tell whether all is where it was. What is compared is also kept, so that nothing else can come to lie there."""
+    """Tell whether all is as it was. What is compared is also kept, so that nothing else can come to lie there."""
     return len(one) == len(other) and all(a is b and x == y for (a, x), (b, y) in zip(one, other, strict=True))
 
 
