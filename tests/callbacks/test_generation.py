@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from recorder import record
 
 from puma_lightning import (
     CellAccuracy,
@@ -13,8 +14,11 @@ from puma_lightning import (
     Sampler,
     SudokuDataModule,
     SudokuSolved,
+    TransformerBackbone,
     UnmaskingTrajectory,
+    graphs,
 )
+from puma_lightning.chain.student.recorded import RecordedPasses
 
 
 class Oracle(torch.nn.Module):
@@ -125,3 +129,41 @@ def test_nothing_that_could_mislead_is_accepted():
     ):
         with pytest.raises(ValueError, match=r"sampler|num_examples"):
             GenerationEvaluation(solved, **arguments)
+
+
+def test_later_validations_replay_what_the_first_recorded(data, tmp_path, monkeypatch):
+    """With the weights of then, in the precision of the run: the same is logged to the last bit, text and all."""
+
+    class Logged(pl.Callback):
+        def on_validation_epoch_end(self, trainer, module):
+            values.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+    data.setup("fit")
+    made = []
+    init = RecordedPasses.__init__
+    monkeypatch.setattr(RecordedPasses, "__init__", lambda *given, **o: made.append(given[0]) or init(*given, **o))
+    runs = []
+    for replayed in (True, False):
+        pl.seed_everything(0)
+        values = []
+        backbone = TransformerBackbone(6, 16, 24, num_layers=1, num_heads=2, max_length=16)
+        module = MaskedDiffusion(
+            backbone, 5, RandomMasking(), captured="auto", optimizer=lambda p: torch.optim.SGD(p, 0.5)
+        )
+        samplers = [Sampler(), Sampler(threshold=0.3), Sampler(temperature=1.0, tokens_per_step=2)]
+        trainer = pl.Trainer(
+            accelerator="cpu", precision="bf16-mixed", max_epochs=3, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, limit_train_batches=2,
+            callbacks=[GenerationEvaluation({"cells": CellAccuracy()}, samplers), Logged()],
+        )  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs, "can_record", lambda device: True)
+            patch.setattr(graphs, "record", record)
+            if not replayed:
+                patch.setattr(RecordedPasses, "_record", RecordedPasses._pass)
+            made.clear()
+            trainer.fit(module, data.train_dataloader(), data.val_dataloader())
+        assert len(made) == 3 * 2  # samplers, and shapes: of 20 sequences in batches of 8 the last has 4
+        runs.append(values)
+    assert runs[0] == runs[1] and len(runs[0]) == 4
+    assert len({values["val/cells/confidence_1"] for values in runs[0][1:]}) > 1

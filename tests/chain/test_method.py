@@ -47,7 +47,10 @@ print([name for name in ("lightning", "datasets", "torchmetrics", "jsonargparse"
 print(sorted(name for name in sys.modules if name.startswith("puma_lightning.") and name.count(".") == 1))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines() == ["[]", "['puma_lightning.chain', 'puma_lightning.output']"]
+    assert ran.stdout.splitlines() == [
+        "[]",
+        "['puma_lightning.chain', 'puma_lightning.graphs', 'puma_lightning.output']",
+    ]
 
 
 def calls(function: str) -> set[str]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from puma_lightning.chain.reveal import reveal, reveal_at_random
+from puma_lightning.graphs import NoLooks
 
 V = 6
 MASK = V - 1
@@ -119,3 +120,12 @@ def test_scores_of_another_shape_or_without_a_value_are_refused():
     with pytest.raises(ValueError, match="NaN"):
         reveal(xt, xt, torch.tensor([[0.0, float("nan"), 0.0]]), one, 5)
     reveal(xt, xt, torch.tensor([[0.0, 0.0, float("nan")]]), one, 5)  # not masked, so nobody reads it
+
+
+def test_it_looks_at_no_value():
+    """Neither at the scores, whose NaN is an error on a CPU, nor at what is masked."""
+    x0, xt = board(0)
+    also = torch.rand(xt.shape, generator=gen(1)) < 0.2
+    with NoLooks():
+        after = reveal(xt, x0, torch.rand(xt.shape, generator=gen(2)), torch.ones(len(xt)), MASK, also, gen(3))
+    assert ((after == MASK).sum() < (xt == MASK).sum()) and torch.equal(after[xt != MASK], xt[xt != MASK])

@@ -162,6 +162,19 @@ def test_what_is_generated_in_a_padded_batch_is_what_is_for_each_sequence(name, 
     assert torch.equal(found["attention_mask"], batch["attention_mask"])
 
 
+@pytest.mark.parametrize("name", ["blocks", "blocks, shifted"])
+def test_a_padded_batch_may_have_rows_with_nothing_to_generate(name):
+    """Blocks are then completed for the others alone."""
+    model = model_of(name)
+    x0 = torch.randint(1, MASK, (4, 8), generator=torch.Generator().manual_seed(0))
+    real = torch.arange(8) < torch.tensor([[8], [6], [7], [5]])
+    given_ = torch.arange(8) < torch.tensor([[8], [3], [7], [1]])
+    sample = model.sample(x0, given_, attention_mask=real)
+    alone = model.sample(x0[[1, 3]], given_[[1, 3]], attention_mask=real[[1, 3]])
+    assert torch.equal(sample.tokens[[1, 3]], alone.tokens) and torch.equal(sample.nfe[[1, 3]], alone.nfe)
+    assert torch.equal(sample.tokens[[0, 2]][real[[0, 2]]], x0[[0, 2]][real[[0, 2]]]) and not sample.nfe[[0, 2]].any()
+
+
 @few
 @given(lengths)
 def test_generating_further_goes_as_far_for_every_row(lengths):

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from puma_lightning.chain.policies import Confidence, Entropy, Margin
+from puma_lightning.graphs import NoLooks
 from puma_lightning.output import head
 from puma_lightning.output.head import (
     ALIGNMENT,
     CHUNK_BYTES,
     linear_cross_entropy,
     predict,
+    predict_where,
     rows_per_chunk,
 )
 from puma_lightning.output.prediction import exclude_token
@@ -420,3 +422,18 @@ def test_softmax_may_overwrite_its_logits():
     expected = logits.softmax(-1)
     torch.testing.assert_close(torch.softmax(logits, -1, out=logits), expected, **CLOSE)
     assert (logits[:, MASK] == 0).all()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.8, 1.0), (0.8, 0.7)])
+@pytest.mark.parametrize("more", [0, 1, 5])
+def test_with_a_bound_on_their_number_positions_are_predicted_without_a_look(temperature, top_p, more):
+    """As without it; what stands at other positions means nothing."""
+    where = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    states = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
+    layer = torch.nn.Linear(4, 11, bias=False)
+    wanted = (where, states, layer, MASK, ("log_prob", "margin"), temperature, top_p)
+    without, number = predict_where(*wanted, torch.Generator().manual_seed(2)), int(where.sum()) + more
+    with NoLooks():
+        found = predict_where(*wanted, torch.Generator().manual_seed(2), number=number)
+    for name in ("log_prob", "margin", "drawn"):
+        torch.testing.assert_close(getattr(found, name)[where], getattr(without, name)[where])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from puma_lightning.chain.chains import Chains
 from puma_lightning.chain.student import AnySampler, Sample, Sampler
+from puma_lightning.chain.student.recorded import Passes
 from puma_lightning.chain.teacher import ForwardProcess, ProgressiveUnmasking
 from puma_lightning.chain.teacher.random_masking import stratified_masking
 from puma_lightning.data.batch import Batch, padded_to_multiple
@@ -228,14 +229,57 @@ class Canvas:
         logits: Tensor = self.model(xt, **padding_of(self.attention_mask))
         return logits
 
-    def predict_masked(self, xt: Tensor, masked: Tensor, *wanted: Any) -> Prediction | None:
+    @property
+    def per_position(self) -> bool:
+        """Whether the output layer runs on masked positions alone."""
+        return self.model.head() is not None
+
+    @property
+    def passes(self) -> Passes | None:
+        """Recorded passes of the model, which holds them; None where one more call of its Python could do other things.
+
+        That is if it has a ``select`` or hooks, or if weights are gathered for a pass, as FSDP does. And none are
+        recorded of a model that is not ``captured``.
+        """
+        model = self.model
+        parts = list(model.modules())
+        if (
+            not model.captured.captured
+            or hasattr(model, "select")
+            or any(m._forward_hooks or m._forward_pre_hooks for m in parts)
+            or any(hasattr(m, "_fsdp_wrapped_module") for m in parts)
+            or any(type(weight) is not nn.Parameter for weight in model.parameters())
+        ):
+            return None
+        passes: Passes = vars(model).setdefault("_passes", Passes())
+        return passes
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Return what is known of the rows of the batch besides xt."""
+        return padding_of(self.attention_mask)
+
+    def with_inputs(self, inputs: dict[str, Tensor]) -> "Canvas":
+        """Return the model for rows of which this is known."""
+        return Canvas(self.model, **inputs)
+
+    def predict_masked(
+        self,
+        xt: Tensor,
+        masked: Tensor,
+        reads: Collection[Statistic],
+        temperature: float,
+        top_p: float,
+        generator: torch.Generator | None,
+        number: int | None = None,
+    ) -> Prediction | None:
         """Say what a sampler needs of the masked positions, see ``predict_where``; None where logits do."""
         head = self.model.head()
         if head is None:
             return None
         padding = padding_of(self.attention_mask)
         states = self.model.backbone.hidden_states(xt, **padding)  # type: ignore[operator]
-        return predict_where(masked, align(states, self.model.shifted), head, self.model.mask_id, *wanted)
+        states, mask_id = align(states, self.model.shifted), self.model.mask_id
+        return predict_where(masked, states, head, mask_id, reads, temperature, top_p, generator, number)
 
     def select(self, rows: Tensor) -> "Canvas":
         """Return the model for these rows, (n,), of a batch alone: itself, unless it says otherwise."""

@@ -136,6 +136,7 @@ def predict_where(
     temperature: float,
     top_p: float,
     generator: torch.Generator | None,
+    number: int | None = None,
 ) -> Prediction:
     """Say what a sampler needs of some positions, see ``predict``.
 
@@ -148,11 +149,13 @@ def predict_where(
         temperature: Of the drawn tokens; 0 takes the most likely one.
         top_p: Draw only from the smallest set of tokens with at least this probability.
         generator: Source of the draws, on the device of ``states``.
+        number: How many positions count at most; so many are computed. Without it the host would wait for the device
+            to learn how many there are.
 
     Returns:
-        The statistics and ``drawn``, (B, L) each; 0 at other positions.
+        The statistics and ``drawn``, (B, L) each; they mean nothing at other positions.
     """
-    index = true_positions(where)
+    index = true_positions(where, number)
     found = predict(
         states.flatten(0, 1)[index],
         head.weight,

@@ -36,6 +36,9 @@ class BlockReader(Selectable, Protocol):
 class BlockSampler:
     """Block diffusion: one block after another, each completed in any order and then read once.
 
+    Its passes are never recorded, as those of a ``Sampler`` are: what a model has read grows from block to block, and
+    so do the shapes of a pass.
+
     A row ends with the block in which it first generates EOS, and within it there if ``within`` has ``end_at_eos``. The
     number of forward passes includes those that read a finished block, and one that reads the blocks that are given.
 
@@ -100,6 +103,8 @@ class BlockSampler:
         rows = (last >= 0).nonzero().squeeze(1)
         if not len(rows):
             return whole
+        if len(rows) < len(tokens):
+            model = model.select(rows)
         # A row pays one pass for its prompt, in however many parts the batch's other rows let it be read.
         nfe[rows] += first[rows] > 0
         start = int(first[rows].min())

@@ -29,6 +29,8 @@ class Reader(Selectable, Protocol):
 class LeftToRightSampler:
     """Autoregressive sampling: one token after another, each read once; a row ends at its first EOS.
 
+    Its passes are never recorded, as those of a ``Sampler`` are: what a model has read grows with each.
+
     Args:
         temperature: 0 takes the most likely token, otherwise tokens are drawn from softmax(logits / temperature).
         top_p: Draw only from the smallest set of tokens with at least this probability.

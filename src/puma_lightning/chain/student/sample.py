@@ -124,4 +124,7 @@ class MaskedPredictor(Protocol):
         top_p: float,
         generator: torch.Generator | None,
     ) -> Prediction | None:
-        """Return statistics and a drawn token of every masked position, (B, L) each; None where logits do as well."""
+        """Return statistics and a drawn token of every masked position, (B, L) each; None where logits do as well.
+
+        A ``Recordable`` model may also be given a ``number``: how many positions are masked at most.
+        """
