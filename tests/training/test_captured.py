@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from recorder import use_recorder
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from puma_lightning import (
     AutoregressiveLM,
@@ -384,6 +384,40 @@ def test_sequences_of_different_lengths_are_an_obstacle(recorded):
     trainer = pl.Trainer(accelerator="cpu", max_steps=2, enable_checkpointing=False, **QUIET)
     with pytest.raises(ValueError, match="got sequences of different lengths, or padding"):
         trainer.fit(module, DataLoader(rows, BATCH, collate_fn=pad_collate))
+
+
+class LaterPadded(Dataset):
+    """Of one length as stored, as those of text are; what follows some answers is padding."""
+
+    one_length = True
+
+    def __init__(self, first: int, shorter: bool) -> None:
+        self.first, self.shorter = first, shorter
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        real = torch.arange(LENGTH) < (LENGTH if index < self.first else LENGTH - 3)
+        if not self.shorter and index % 2:
+            real = torch.ones(LENGTH, dtype=torch.bool)
+        return {**ROWS[index], "attention_mask": real.long()}
+
+
+@pytest.mark.parametrize("first", [8, 33, 50])
+@pytest.mark.parametrize("shorter", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_where_other_lengths_come_later_the_run_goes_on_without(recorded, first, shorter, accumulate):
+    """As if nothing had been recorded; or it ends, where it must record."""
+    options: dict[str, Any] = {"data": LaterPadded(first, shorter), "shuffle": False, "steps": 60 // accumulate}
+    options |= {"process": ProgressiveUnmasking(3, threshold=0.2), "accumulate_grad_batches": accumulate}
+    losses, weights, one = run(False, **options)
+    again, same_weights, other = run("auto", **options)
+    assert again == losses and same(weights, same_weights) and len(recorded) == 1
+    positions = [trainer.lightning_module.stream.sequences.position for trainer in (one, other)]
+    assert positions[0] == positions[1]
+    with pytest.raises(ValueError, match=r"captured: expected .*got sequences of different lengths, or padding"):
+        run(True, **options)
 
 
 def test_on_a_cpu_auto_is_the_run_without_and_true_is_refused():

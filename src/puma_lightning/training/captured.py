@@ -28,11 +28,12 @@ from puma_lightning.training.lightning_internals import (
 )
 from puma_lightning.training.sequences import derived_seed, seed_device
 from puma_lightning.training.stream import begin
-from puma_lightning.training.supply import DeviceSupply
+from puma_lightning.training.supply import DeviceSupply, OtherLength
 
 if TYPE_CHECKING:
     from puma_lightning.modules.base import StreamedModule
 
+LENGTHS = "sequences of different lengths, or padding"
 BUCKET = 512  # masked positions by which two recordings for a large vocabulary differ
 
 # What is part of a step, and may be somebody's own: of the module, and of callbacks.
@@ -82,7 +83,7 @@ class CapturedStep:
         trainer = module.trainer
         obstacle = _of_device(trainer) or _of_hooks(module) or _of_chains(module) or module.what_looks_at_values()
         if obstacle is None:
-            self._rows = module.stream.on_device = RowsOnDevice(module, self.captured is True)
+            self._rows = module.stream.on_device = RowsOnDevice(module, self.captured is True, self._give_up)
             self._instead = OwnStep(trainer, partial(self._step, module))
         elif self.captured is True:
             raise ValueError(
@@ -91,6 +92,13 @@ class CapturedStep:
             )
         elif graphs.can_record(module.device):
             rank_zero_warn(f"captured: steps are not recorded, and a GPU may wait for the host: {obstacle}")
+
+    def _give_up(self, obstacle: str) -> None:
+        """Take no recorded steps from here on."""
+        if self.captured is True:
+            raise ValueError(f"captured: expected sequences of one length, got {obstacle}; set captured to false")
+        rank_zero_warn(f"captured: steps are not recorded from here on: {obstacle}")
+        self.end()
 
     def end(self) -> None:
         """Leave Trainer and stream as they were."""
@@ -134,6 +142,7 @@ class RowsOnDevice:
     Args:
         module: A module whose training begins.
         must: Whether a step that cannot be recorded is an error.
+        give_up: Called with what the rows cannot hold, to have the stream take care of them again.
 
     Attributes:
         step: The optimizer step that is being taken; None between steps.
@@ -141,13 +150,13 @@ class RowsOnDevice:
             needed.
     """
 
-    def __init__(self, module: "StreamedModule", must: bool) -> None:
+    def __init__(self, module: "StreamedModule", must: bool, give_up: Callable[[str], None]) -> None:
         self.module, self.stream, self.device = module, module.stream, module.stream.device
         self.step: int | None = None
         self.num_masked: int | None = None
         self.generators = {name: torch.Generator(self.device) for name in ("start", "advance")}
         self.supply: DeviceSupply | None = None
-        self._must, self._records = must, True
+        self._must, self._records, self._give_up = must, True, give_up
         self._pool = graphs.memory_pool(self.device)
         self._groups: dict[int, _Group] = {}
         self._after: Chains | None = None  # of a step that is being taken
@@ -171,16 +180,25 @@ class RowsOnDevice:
         """
         stream, group = self.stream, self._groups.get(index)
         if group is None:
-            return self._take_over(index, stream.refilled_by_host(index)).as_they_are()
+            chains = stream.refilled_by_host(index)
+            length = chains.num_blocks * chains.x0.shape[1]
+            if self.supply is None:
+                self.supply = DeviceSupply(stream.sequences, stream.batch_size, length, self.device)
+            if chains.attention_mask is not None or length != self.supply.length:
+                self._give_up(LENGTHS)
+                return chains
+            return self._take_over(index, chains).as_they_are()
         if group.chains is not stream.groups[index]:
             # The step before cut blocks of another size, or counted in other stages.
-            chains = stream.groups[index]
-            assert chains is not None
-            group = self._take_over(index, chains)
-        if self.supply is None:
-            length = group.chains.num_blocks * group.chains.x0.shape[1]
-            self.supply = DeviceSupply(stream.sequences, stream.batch_size, length, self.device)
-        self.supply.make_ready()
+            moved = stream.groups[index]
+            assert moved is not None
+            group = self._take_over(index, moved)
+        assert self.supply is not None
+        try:
+            self.supply.make_ready()
+        except OtherLength:
+            self._give_up(LENGTHS)
+            return stream.refilled_by_host(index)
         self._seed("start", stream.step)
         group.refill()
         return group.as_they_are()
@@ -452,7 +470,7 @@ def _of_chains(module: "StreamedModule") -> str | None:
         if not vars(owner).get("recordable", False):
             return f"{name} of {owner.__name__}, which does not say that it is recordable"
     if stream.sequences.lengths_may_vary or stream.peek()["chains"].attention_mask is not None:
-        return "sequences of different lengths, or padding"
+        return LENGTHS
     if not stream.draws_for_all_rows:
         return "a run that was begun before version 0.3.0, and draws for as many rows as enter"
     return None

@@ -25,6 +25,7 @@ class DeviceSupply:
     """
 
     def __init__(self, sequences: CleanSequences, batch_size: int, length: int, device: torch.device) -> None:
+        self.length = length
         self._sequences = sequences
         self._batch_size = batch_size
         self._room = STEPS * batch_size
@@ -50,17 +51,22 @@ class DeviceSupply:
         self._taken.add_(number)
 
     def make_ready(self) -> None:
-        """See to it that the next step can take as many as it may."""
+        """See to it that the next step can take as many as it may.
+
+        Raises:
+            OtherLength: If a sequence does not fit; all that were not taken can still be given back.
+        """
         self._learn()
         while self._put < self._known + self._batch_size * (self._steps + 1 - self._known_at):
             if self._put + self._batch_size > self._known + self._room:
                 self._learn(wait=True)
                 continue
             start = self._put % self._room  # a multiple of B, as the room is
-            self._staging.upload(
-                self._sequences.take_ahead(self._batch_size),
-                {name: rows[start : start + self._batch_size] for name, rows in self._ring.items()},
-            )
+            batch = self._sequences.take_ahead(self._batch_size)
+            places = {name: rows[start : start + self._batch_size] for name, rows in self._ring.items()}
+            if "attention_mask" in batch or batch["input_ids"].shape != places["input_ids"].shape:
+                raise OtherLength
+            self._staging.upload(batch, places)
             self._put += self._batch_size
         self._steps += 1
 
@@ -83,6 +89,10 @@ class DeviceSupply:
             number = note.value()
             self._sequences.settle(number - self._known)
             self._known, wait = number, False
+
+
+class OtherLength(Exception):
+    """A sequence of another length has come, or one with padding."""
 
 
 class _Note:
