@@ -143,6 +143,10 @@ class RecordedPasses:
             except RuntimeError as error:
                 # Nothing is done yet: a pass changes its tensors at its end, and recording does not run it.
                 self.refused = True
+                self.drop()
+                if self._generator is not None:
+                    # On CUDA a generator of a recording that failed draws no more.
+                    generator = self._generator = torch.Generator(self._device)
                 generator.set_state(before)
                 self._pass(number)  # which raises the error again, if it was none of recording
                 warnings.warn(
