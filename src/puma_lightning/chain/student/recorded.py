@@ -254,7 +254,7 @@ def state_of(thing: Any) -> list[Any]:
 def _memory_of(model: nn.Module) -> list[Any]:
     """Return all that passes were recorded with but the values of tensors, as (owner, value)."""
     tensors = [(tensor, tensor.data_ptr()) for tensor in (*model.parameters(), *model.buffers())]
-    return [(model, None), *tensors, *(entry for part in model.modules() for entry in state_of(part))]
+    return [*tensors, *(entry for part in model.modules() for entry in state_of(part))]
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:
