@@ -107,6 +107,24 @@ def record(
     return graph.replay, result
 
 
+def recover(device: torch.device, generators: Sequence[torch.Generator]) -> None:
+    """Have generators draw again after a recording that failed, from a state of their own that is still to be set.
+
+    On CUDA they would wait for its end, and refuse.
+    """
+    if device.type == "cuda":
+        for generator in generators:
+            generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """Return the generator of a device that draws are from which name none."""
+    if device.type != "cuda":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
+
+
 @contextmanager
 def aside(device: torch.device) -> Iterator[None]:
     """Do work on the stream on which graphs are recorded, after what was queued before and before what comes next."""

@@ -216,6 +216,8 @@ def test_so_it_does_in_every_set_up(recorded, setup):
         {"update_starting_at_epoch": 0, "update_starting_at_step": 100},
         {"update_starting_at_epoch": 0, "update_starting_at_step": 18},
         {"use_buffers": True},
+        {"device": "cpu"},
+        {"precision": "bf16-true"},
     ],
     ids=str,
 )
@@ -224,9 +226,15 @@ def test_averaged_weights_are_those_of_lightning(monkeypatch, recorded, options,
     monkeypatch.setattr(averaging, "GROUP_BYTES", group_bytes)
     found = []
     for captured in (False, True):
-        average = EMAWeightAveraging(**{"decay": 0.8, "use_buffers": False, **options})
+        given = {name: value for name, value in options.items() if name != "precision"}
+        average = EMAWeightAveraging(**{"decay": 0.8, "use_buffers": False, **given})
         losses, weights, trainer = run(
-            captured, ProgressiveUnmasking(3), callbacks=[average], accumulate_grad_batches=2, backbone=Buffered
+            captured,
+            ProgressiveUnmasking(3),
+            callbacks=[average],
+            accumulate_grad_batches=2,
+            backbone=Buffered,
+            precision=options.get("precision", "32-true"),
         )
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         state = average._average_model.state_dict()
@@ -439,6 +447,30 @@ class FailsToRecord(Drops):
         if self.training:
             assert (input_ids >= 0).any()
         return super().forward(input_ids)
+
+
+class FailsToStart(ProgressiveUnmasking):
+    """Looks at a value when it starts chains in training, so that only the recording finds out."""
+
+    recordable = True
+    trained = False
+
+    def start(self, chains, generator=None):
+        assert not self.trained or chains.masked.any()
+        return super().start(chains, generator)
+
+    def advance(self, chains, predictions, step, generator=None):
+        self.trained = step > 0
+        return super().advance(chains, predictions, step, generator)
+
+
+def test_so_has_one_of_the_refill(recorded):
+    processes = [FailsToStart(3, threshold=0.2) for _ in range(3)]
+    losses, weights, _ = run(False, processes[0])
+    again, same_weights, _ = run("auto", processes[1])
+    assert again == losses and same(weights, same_weights) and len(recorded) == 1
+    with pytest.raises(ValueError, match=r"got a forward process that cannot: Look"):
+        run(True, processes[2])
 
 
 @pytest.mark.parametrize("setup", ["plain", "accumulation", "executions"])

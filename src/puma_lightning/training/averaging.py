@@ -7,7 +7,12 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import Tensor
 
-from puma_lightning.training.lightning_internals import average_of, is_average_due, note_average
+from puma_lightning.training.lightning_internals import (
+    average_of,
+    has_own_device,
+    is_average_due,
+    note_average,
+)
 
 GROUP_BYTES = 2**26  # of the terms that are added to the averages at a time
 
@@ -35,8 +40,10 @@ class AverageInStep:
         if average.use_buffers:
             averaged, weights, kept, buffers = averaged + kept, weights + buffers, [], []
         pairs = [(a.detach(), w.detach()) for a, w in zip(averaged, weights, strict=True)]
-        self._groups = list(_in_groups([pair for pair in pairs if pair[0].is_floating_point()]))
-        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        # Numbers that join 16-bit tensors would be rounded to 16 bits first.
+        exact = (torch.float32, torch.float64)
+        self._groups = list(_in_groups([pair for pair in pairs if pair[0].dtype in exact]))
+        self._others = [pair for pair in pairs if pair[0].dtype not in exact]
         self._copied = list(zip(kept, buffers, strict=True))
 
     def is_due(self, trainer: pl.Trainer) -> bool:
@@ -67,10 +74,16 @@ class AverageInStep:
 
 
 def averages_in_step(trainer: pl.Trainer, module: pl.LightningModule) -> list[AverageInStep]:
-    """Return the averages of a run that can be part of its steps; others are made by their callbacks as ever."""
+    """Return the averages of a run that can be part of its steps; others are made by their callbacks as ever.
+
+    Lightning makes an average before it moves the module, and so on the CPU. It comes to where the module is, unless
+    the callback was given a device.
+    """
     found = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = average_of(callback) if isinstance(callback, EMAWeightAveraging) else None
+        if average is not None and not has_own_device(callback):
+            average.to(module.device)
         if average is None or average.avg_fn is None or average.n_averaged.device != module.device:
             continue
         if type(callback).on_train_batch_end is WeightAveraging.on_train_batch_end:

@@ -86,17 +86,14 @@ class CapturedStep:
             self._rows = module.stream.on_device = RowsOnDevice(module, self.captured is True, self._give_up)
             self._instead = OwnStep(trainer, partial(self._step, module))
         elif self.captured is True:
-            raise ValueError(
-                f"captured: expected a training step that can be recorded, got {obstacle}; change that, or set "
-                "captured to false"
-            )
+            raise _refusal(obstacle)
         elif graphs.can_record(module.device):
             rank_zero_warn(f"captured: steps are not recorded, and a GPU may wait for the host: {obstacle}")
 
     def _give_up(self, obstacle: str) -> None:
         """Take no recorded steps from here on."""
         if self.captured is True:
-            raise ValueError(f"captured: expected sequences of one length, got {obstacle}; set captured to false")
+            raise _refusal(obstacle)
         rank_zero_warn(f"captured: steps are not recorded from here on: {obstacle}")
         self.end()
 
@@ -200,7 +197,11 @@ class RowsOnDevice:
             self._give_up(LENGTHS)
             return stream.refilled_by_host(index)
         self._seed("start", stream.step)
-        group.refill()
+        try:
+            group.refill()
+        except graphs.CannotRecord as error:  # of which nothing has been done
+            self._give_up(f"a forward process that cannot: {error}")
+            return stream.refilled_by_host(index)
         return group.as_they_are()
 
     def _take_over(self, index: int, chains: Chains) -> "_Group":
@@ -354,11 +355,9 @@ class RowsOnDevice:
     def _unrecorded(self, error: graphs.CannotRecord, work: Callable[[], Tensor]) -> Tensor:
         """Take a step that could not be recorded, of which nothing has been done, and record none from now on."""
         if self._must:
-            raise ValueError(
-                f"captured: expected a training step that can be recorded, got one that cannot: {error}; set captured "
-                "to false"
-            ) from error
+            raise _refusal(f"one that cannot: {error}") from error
         rank_zero_warn(f"captured: steps are not recorded from here on, as that failed: {error}")
+        graphs.recover(self.device, [graphs.default_generator(self.device), self.generators["advance"]])
         self._records = False
         if len(self.stream.groups) == 1:
             self._optimizer.zero_grad(set_to_none=True)
@@ -418,6 +417,13 @@ class _Group:
     def _predicted(self) -> Tensor:
         """Count the positions that are predicted."""
         return self.rows.module.predicted_positions(self.rows.stream.batch_of(self.chains)).sum()
+
+
+def _refusal(obstacle: str) -> ValueError:
+    return ValueError(
+        f"captured: expected a training step that can be recorded, got {obstacle}; change that, or set captured to "
+        "false"
+    )
 
 
 def _of_device(trainer: pl.Trainer) -> str | None:

@@ -436,6 +436,11 @@ def average_of(callback: WeightAveraging) -> AveragedModel | None:
     return callback._average_model
 
 
+def has_own_device(callback: WeightAveraging) -> bool:
+    """Tell whether a callback was told where its average is to lie."""
+    return callback._device is not None
+
+
 def is_average_due(callback: WeightAveraging, step: int) -> bool:
     """Tell whether a callback updates its average when so many optimizer steps have been taken."""
     return step > callback._latest_update_step and callback.should_update(step_idx=step - 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from puma_lightning.chain.student.sample import Sample
-from puma_lightning.graphs import Graph, NoLooks, memory_pool
+from puma_lightning.graphs import Graph, NoLooks, default_generator, memory_pool, recover
 
 
 @runtime_checkable
@@ -136,13 +136,15 @@ class RecordedPasses:
             if self.refused:
                 self._pass(number)
                 return
-            generators = [_default_generator(self._device), *([] if self._generator is None else [self._generator])]
+            generators = [default_generator(self._device), *([] if self._generator is None else [self._generator])]
             before = [generator.get_state() for generator in generators]
             try:
                 self._record(number)
             except RuntimeError as error:
                 # Nothing is done yet: a pass changes its tensors at its end, and recording does not run it.
                 self.refused = True
+                self.drop()
+                recover(self._device, generators)
                 for generator, state in zip(generators, before, strict=True):
                     generator.set_state(state)
                 self._pass(number)  # which raises the error again, if it was none of recording
@@ -251,7 +253,7 @@ def state_of(thing: Any) -> list[Any]:
 def _memory_of(model: nn.Module) -> list[Any]:
     """Return all that passes were recorded with but the values of tensors, as (owner, value)."""
     tensors = [(tensor, tensor.data_ptr()) for tensor in (*model.parameters(), *model.buffers())]
-    return [(model, None), *tensors, *(entry for part in model.modules() for entry in state_of(part))]
+    return [*tensors, *(entry for part in model.modules() for entry in state_of(part))]
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:
@@ -267,11 +269,3 @@ def _as_recorded(device: torch.device) -> Iterator[None]:
     # Autocast keeps copies of weights: a graph that read one would not see that the weight has changed, or is gone.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, **autocast, cache_enabled=False):
         yield
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    """Return the generator that draws are from which name none."""
-    if device.type != "cuda":
-        return torch.default_generator
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.cuda.default_generators[index]
