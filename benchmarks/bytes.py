@@ -53,6 +53,23 @@ PLACING = ("scatter_", "scatter", "index_put_")  # write no more than what they 
 OVERWRITING = ("copy_", "fill_", "zero_")  # do not read what they write over
 
 
+def _attention(products: int) -> Callable[..., int]:
+    """Return what counts so many products of all positions with all positions."""
+
+    def count(*args: Any, out_val: Any = None, **_: Any) -> int:
+        batch, heads, length, width = args[0].shape
+        return products * 2 * batch * heads * length * length * width
+
+    return count
+
+
+# What PyTorch has no formula for: two products, and five for the gradients.
+ATTENTION = {
+    "_scaled_dot_product_flash_attention_for_cpu": _attention(2),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention(5),
+}
+
+
 class Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up, for the part that is named at the time, operators, bytes and floating-point operations."""
 
@@ -79,7 +96,7 @@ class Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name in OVERWRITING:
             read = read[1:]
         counts = self.found.setdefault(self.part, Counter())
-        flops = flop_registry.get(func.overloadpacket)
+        flops = flop_registry.get(func.overloadpacket) or ATTENTION.get(name)
         counts.update(operators=1, read=sum(map(_bytes, read)), written=sum(map(_bytes, written)))
         if flops is not None:
             counts["flops"] += flops(*args, **kwargs, out_val=out)
@@ -95,7 +112,8 @@ def _arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, Any]
 
 
 def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
+    # The gradients that a fused optimizer is said to write too are written only where they are scaled.
+    return argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
 
 
 def _tensors(nested: Any) -> list[Tensor]:
@@ -170,7 +188,7 @@ def count(shape: dict[str, Any], process: Any) -> dict[str, Counter[str]]:
                     ),
                 )
         part("backward", lambda: loss.backward())
-        part("clipping", lambda: nn.utils.clip_grad_norm_(module.parameters(), 1.0))
+        part("clipping", lambda: nn.utils.clip_grad_norm_(module.parameters(), 1.0, foreach=True))
         part("optimizer", optimizer.step)
         if shape["ema"]:
             part("average", lambda: _average(average, list(module.parameters())))

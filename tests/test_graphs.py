@@ -137,6 +137,7 @@ def test_on_cuda_it_is_recorded_on_a_stream_of_its_own_with_all_generators(monke
         "stream": nothing,
         "device": nothing,
         "current_stream": Stream,
+        "set_stream": lambda stream: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(graphs, "_streams", {})

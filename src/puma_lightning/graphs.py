@@ -73,8 +73,9 @@ class Graph(Generic[T]):
         if self._replay is None:
             try:
                 self._replay, self._result = record(self._function, self._device, self._generators, self._pool)
-            except Exception as error:  # what the function raises, or CUDA
-                raise CannotRecord(f"{type(error).__name__}: {error}") from error
+            except Exception as error:  # what the function raises, or CUDA, which says less of it
+                first = error.__context__ or error
+                raise CannotRecord(f"{type(first).__name__}: {first}") from error
         self._replay()
         return self._result
 
@@ -102,8 +103,12 @@ def record(
         graph.register_generator_state(generator)
     # Other threads, such as one that pins memory for a loader, do not disturb it.
     recording = torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local")
-    with torch.cuda.device(device), recording:
-        result = function()
+    current = torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.device(device), recording:
+            result = function()
+    finally:
+        torch.cuda.set_stream(current)  # where it stays on the other if a recording fails
     return graph.replay, result
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint
 from recorder import use_recorder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -351,6 +351,11 @@ def _hooked(how: str) -> Drops:
     return made
 
 
+def _with_hook(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
 OBSTACLES = {
     "looks, says the backbone": ({"backbone": LooksAtTokens}, "the backbone LooksAtTokens, which looks at a value"),
     "looks, says the policy": (
@@ -364,6 +369,16 @@ OBSTACLES = {
     "a callback within it": ({"callbacks": [WatchesGradients()]}, "on_before_optimizer_step of WatchesGradients"),
     "a hook": ({"backbone": lambda: _hooked("register_forward_hook")}, "a hook on backbone.layers"),
     "a hook on a gradient": ({"backbone": lambda: _hooked("register_hook")}, "a hook on the gradient of .*layers.0"),
+    "a callback made of functions": (
+        {"callbacks": [LambdaCallback(on_before_optimizer_step=lambda *_: None)]},
+        "on_before_optimizer_step of LambdaCallback",
+    ),
+    "a hook on the optimizer": ({"optimizer": lambda params: _with_hook(AdamW(params))}, "a hook on the step of AdamW"),
+    "a scheduler of more than the rate": (
+        {"scheduler": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.01, total_steps=40)},
+        "the scheduler OneCycleLR with cycle_momentum",
+    ),
+    "anomalies": ({"detect_anomaly": True}, "detect_anomaly"),
     "an optimizer": ({"optimizer": partial(torch.optim.SGD, lr=0.1)}, "the optimizer SGD, which is not capturable"),
 }
 
@@ -377,6 +392,20 @@ def test_what_stands_in_the_way_is_named_before_training(recorded, obstacle):
     losses, weights, _ = run(False, **options)
     module_losses, same_weights, _ = run("auto", **options)
     assert module_losses == losses and same(weights, same_weights) and not recorded
+
+
+def test_a_data_module_that_changes_batches_stands_in_the_way(recorded):
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(ROWS, BATCH)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch
+
+    module = MaskedDiffusion(transformer(), MASK, optimizer=AdamW, scheduler=None, captured=True)
+    trainer = pl.Trainer(accelerator="cpu", max_steps=2, enable_checkpointing=False, **QUIET)
+    with pytest.raises(ValueError, match="got on_after_batch_transfer of the DataModule"):
+        trainer.fit(module, datamodule=Data())
 
 
 def test_auto_says_what_stands_in_the_way(recorded):
@@ -578,6 +607,45 @@ def test_two_processes_train_as_they_do_without_and_say_so(tmp_path):
     assert f"steps are not recorded, and a GPU may wait for the host: {where}" in done.stderr
     assert f"captured: expected a training step that can be recorded, got {where}" in done.stderr
     assert done.returncode
+
+
+class Freezes(pl.Callback):
+    """Has a layer not trained from some step on, and trained again later."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step in (9, 17):
+            module.backbone.layers[2].requires_grad_(trainer.global_step == 17)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_which_weights_are_trained_may_change(recorded, accumulate):
+    """What was recorded before would train the others, and is recorded anew."""
+    options = {"backbone": Drops, "accumulate_grad_batches": accumulate, "steps": 28}
+    losses, weights, _ = run(False, ProgressiveUnmasking(3), callbacks=[Freezes()], **options)
+    again, same_weights, _ = run(True, ProgressiveUnmasking(3), callbacks=[Freezes()], **options)
+    assert again == losses and same(weights, same_weights) and is_recorded(recorded[0])
+
+
+def test_steps_that_can_never_be_recorded_are_told(recorded):
+    """As one setting of the optimizer changes in all of them."""
+
+    class Changes(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            trainer.optimizers[0].param_groups[0]["weight_decay"] = trainer.global_step * 1e-3
+
+    found = []
+    for captured in (False, "auto"):
+        pl.seed_everything(1, verbose=False)
+        module = MaskedDiffusion(transformer(), MASK, optimizer=AdamW, scheduler=None, captured=captured)
+        trainer = pl.Trainer(
+            accelerator="cpu", max_steps=20, enable_checkpointing=False, callbacks=[Changes()], **QUIET
+        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(module, DataLoader(ROWS, BATCH, shuffle=True))
+        told = [str(warning.message) for warning in said if "16 steps in a row" in str(warning.message)]
+        found.append((module.state_dict(), told))
+    assert same(found[0][0], found[1][0]) and (len(found[0][1]), len(found[1][1])) == (0, 1)
 
 
 # --- on a GPU ---

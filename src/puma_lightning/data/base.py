@@ -176,6 +176,13 @@ class DataOffer:
             )
         return value
 
+    def own_hook(self, names: Iterable[str]) -> str | None:
+        """Return the first of some hooks of which the DataModule has a version of its own; None if there is none."""
+        plain = pl.LightningDataModule
+        return next(
+            (n for n in names if getattr(type(self._datamodule), n, None) not in (None, getattr(plain, n))), None
+        )
+
     def _integer(self, name: str) -> int | None:
         value = self._offered(name, "an integer", _is_integer)
         return None if value is None else operator.index(value)

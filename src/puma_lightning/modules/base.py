@@ -145,8 +145,10 @@ class StreamedModule(pl.LightningModule):
         """Leave signals, loaders and the Trainer as they were, and let the loader's worker processes end."""
         self.stopping.end()
         self.executions.end()
-        self.captured.end()
-        self.loading.end(self)
+        try:
+            self.captured.end()
+        finally:  # a device that has failed says so again
+            self.loading.end(self)
 
     # Weights ------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from puma_lightning import graphs
 from puma_lightning.chain.chains import Chains
+from puma_lightning.data.base import offer_of
 from puma_lightning.output.prediction import Prediction
 from puma_lightning.training.averaging import AverageInStep, averages_in_step
 from puma_lightning.training.lightning_internals import (
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from puma_lightning.modules.base import StreamedModule
 
 LENGTHS = "sequences of different lengths, or padding"
+VARYING = ("params", "lr", "initial_lr", "capturable")  # of an optimizer, and read from tensors
+UNUSUAL = 16  # steps in a row that are not recorded, after which it is said
 BUCKET = 512  # masked positions by which two recordings for a large vocabulary differ
 
 # What is part of a step, and may be somebody's own: of the module, and of callbacks.
@@ -62,7 +65,7 @@ class CapturedStep:
     """
 
     def __init__(self, captured: bool | Literal["auto"] = False) -> None:
-        if captured not in (True, False, "auto"):
+        if captured != "auto" and type(captured) is not bool:
             raise ValueError(f"captured: expected true, false or auto, got {captured!r}; auto records where it can")
         self.captured = captured
         self._rows: RowsOnDevice | None = None
@@ -153,22 +156,20 @@ class RowsOnDevice:
         self.num_masked: int | None = None
         self.generators = {name: torch.Generator(self.device) for name in ("start", "advance")}
         self.supply: DeviceSupply | None = None
-        self._must, self._records, self._give_up = must, True, give_up
-        self._pool = graphs.memory_pool(self.device)
+        self._must, self._give_up = must, give_up
+        self._failed: str | None = None  # what was said when a step could not be recorded
+        self._pools: dict[tuple[Any, ...], Any] = {}
         self._groups: dict[int, _Group] = {}
         self._after: Chains | None = None  # of a step that is being taken
         self._optimizer = module.trainer.optimizers[0]
-        # On a CPU float64, as Python's numbers are.
-        exact = torch.float32 if self.device.type == "cuda" else torch.float64
-        self._rates = [torch.zeros((), dtype=exact, device=self.device) for _ in self._optimizer.param_groups]
-        self._settings = self._optimizer_settings()
-        self._averages = averages_in_step(module.trainer, module)
-        self._recorded = False  # whether a step has been recorded
         # Where the gradients of several batches are added up, once a whole step has been taken.
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self._unusual = 0  # steps in a row that were taken unrecorded, although they could have been
+        self._take_settings()
+        self._averages = averages_in_step(module.trainer, module)
+        self._recorded = False  # whether a step has been recorded
         for state in self._optimizer.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].to(self.device)
+            state.update({n: s.to(self.device) for n, s in state.items() if isinstance(s, Tensor) and not s.dim()})
 
     def refilled(self, index: int) -> Chains:
         """Return the rows of an accumulation group, with fresh sequences in place of those whose chains are over.
@@ -176,6 +177,9 @@ class RowsOnDevice:
         What a step changes is a copy, so that hooks see what has been trained on; the sequences stay until the next.
         """
         stream, group = self.stream, self._groups.get(index)
+        if self._failed is not None:
+            self._give_up(self._failed)
+            return stream.refilled_by_host(index)
         if group is None:
             chains = stream.refilled_by_host(index)
             length = chains.num_blocks * chains.x0.shape[1]
@@ -205,7 +209,13 @@ class RowsOnDevice:
         return group.as_they_are()
 
     def _take_over(self, index: int, chains: Chains) -> "_Group":
-        group = self._groups[index] = _Group(self, index, chains.map(torch.clone))
+        if index in self._groups:
+            self._groups[index].forget()
+        kind = (chains.num_stages, chains.xt.shape)
+        if kind not in self._pools:
+            # Groups of one kind share memory. That of another kind is free when all have left it.
+            self._pools[kind] = graphs.memory_pool(self.device)
+        group = self._groups[index] = _Group(self, index, chains.map(torch.clone), self._pools[kind])
         self.stream.groups[index] = group.chains
         return group
 
@@ -223,6 +233,8 @@ class RowsOnDevice:
         stream = self.stream
         group = self._groups[(stream.step - 1) % len(stream.groups)]
         self._seed("advance", stream.step - 1)
+        if changed := self._optimizer_settings() != self._settings:
+            self._take_settings()
         for rate, settings in zip(self._rates, self._optimizer.param_groups, strict=True):
             rate.fill_(settings["lr"])
         self.step = module.global_step
@@ -234,9 +246,15 @@ class RowsOnDevice:
         due = [average for average in self._averages if last and average.is_due(module.trainer)]
         work = partial(self._train, group, parts, first, last, due)
         kind = (parts, first, last, first and bool(self._gradients), *(self._averages.index(a) for a in due))
-        usual = self._is_usual(group) and not any(average.is_first for average in due)
+        usual = not changed and self._is_usual(group) and not any(average.is_first for average in due)
+        self._unusual = 0 if usual else self._unusual + 1
+        if self._unusual == UNUSUAL:
+            rank_zero_warn(
+                f"captured: {UNUSUAL} steps in a row were not recorded, as before each of them something has changed "
+                "that a recording holds: settings of the optimizer other than its rate, or which weights are trained"
+            )
         try:
-            if not self._records or not usual:
+            if not usual:
                 with graphs.aside(self.device):
                     loss = work()
             else:
@@ -269,7 +287,7 @@ class RowsOnDevice:
             alike = any(other[:-1] == kind and graph.recorded for other, graph in group.work.items())
             warmup = 0 if alike else 1 if self._recorded else 3
             generators = [self.generators["advance"]]
-            group.work[key] = graphs.Graph(work, self.device, generators, warmup, self._pool)
+            group.work[key] = graphs.Graph(work, self.device, generators, warmup, group.pool)
         self._recorded |= group.work[key].recorded
         return group.work[key]
 
@@ -277,10 +295,8 @@ class RowsOnDevice:
         """Tell whether the step changes nothing that recordings were made with."""
         assert self.step is not None
         process, size = self.stream.process, self.stream.block_size
-        return (
-            process.num_stages_at(self.step) == group.chains.num_stages
-            and (size is None or size.at(self.step) == group.chains.x0.shape[1])
-            and self._optimizer_settings() == self._settings
+        return process.num_stages_at(self.step) == group.chains.num_stages and (
+            size is None or size.at(self.step) == group.chains.x0.shape[1]
         )
 
     def _train(self, group: "_Group", parts: int, first: bool, last: bool, due: list[AverageInStep]) -> Tensor:
@@ -333,11 +349,23 @@ class RowsOnDevice:
     def _seed(self, name: Literal["start", "advance"], step: int) -> None:
         self.generators[name].manual_seed(self.stream.seed_of(step, name))
 
+    def _take_settings(self) -> None:
+        """Record steps with the settings that the optimizer has now."""
+        self._settings = self._optimizer_settings()
+        for group in self._groups.values():
+            group.work.clear()
+        self._gradients = []
+        # On a CPU float64, as Python's numbers are.
+        exact = torch.float32 if self.device.type == "cuda" else torch.float64
+        self._rates = [torch.zeros((), dtype=exact, device=self.device) for _ in self._optimizer.param_groups]
+
     def _optimizer_settings(self) -> list[dict[str, Any]]:
-        """Return what a recording of the optimizer's step holds as numbers, and so must not change."""
-        varying = ("params", "lr", "initial_lr", "capturable")
-        groups = self._optimizer.param_groups
-        return [{name: value for name, value in group.items() if name not in varying} for group in groups]
+        """Return what a recording holds as numbers: settings of the optimizer, and which weights are trained."""
+        found: list[dict[str, Any]] = []
+        for group in self._optimizer.param_groups:
+            found.append({name: value for name, value in group.items() if name not in VARYING})
+            found[-1]["trained"] = [parameter.requires_grad for parameter in group["params"]]
+        return found
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:
@@ -353,12 +381,12 @@ class RowsOnDevice:
                 group.update(lr=rate, capturable=capturable)
 
     def _unrecorded(self, error: graphs.CannotRecord, work: Callable[[], Tensor]) -> Tensor:
-        """Take a step that could not be recorded, of which nothing has been done, and record none from now on."""
+        """Take a step that could not be recorded, of which nothing has been done."""
         if self._must:
-            raise _refusal(f"one that cannot: {error}") from error
-        rank_zero_warn(f"captured: steps are not recorded from here on, as that failed: {error}")
+            raise _refusal(f"a step that cannot: {error}") from error
+        # Nothing is recorded any more: CUDA may not be as it was.
+        self._failed = f"a step that cannot: {error}"
         graphs.recover(self.device, [graphs.default_generator(self.device), self.generators["advance"]])
-        self._records = False
         if len(self.stream.groups) == 1:
             self._optimizer.zero_grad(set_to_none=True)
         seed = derived_seed(self.stream.seed, self.module.global_rank, self.stream.step)
@@ -371,11 +399,16 @@ class RowsOnDevice:
 class _Group:
     """The rows of one accumulation group, and the work on them."""
 
-    def __init__(self, rows: RowsOnDevice, index: int, chains: Chains) -> None:
-        self.rows, self.index, self.chains = rows, index, chains
+    def __init__(self, rows: RowsOnDevice, index: int, chains: Chains, pool: Any) -> None:
+        self.rows, self.index, self.chains, self.pool = rows, index, chains, pool
         self.predicted = self._predicted()
         self.work: dict[tuple[Any, ...], graphs.Graph[Tensor]] = {}
-        self.refill = graphs.Graph(self._refill, rows.device, [rows.generators["start"]], pool=rows._pool)
+        self.refill = graphs.Graph(self._refill, rows.device, [rows.generators["start"]], pool=pool)
+
+    def forget(self) -> None:
+        """Let go of what was recorded, whose work holds this in turn."""
+        self.work.clear()
+        del self.refill
 
     def as_they_are(self) -> Chains:
         """Return the chains as a step would not change them."""
@@ -442,16 +475,16 @@ def _of_device(trainer: pl.Trainer) -> str | None:
 def _of_hooks(module: "StreamedModule") -> str | None:
     """Say what of a step is somebody's own, and may do what is not repeated by a recording."""
     trainer = module.trainer
-    data: Any = getattr(trainer, "datamodule", None)
-    for part, names in ((module, (*MODULE_HOOKS, *TRANSFERS)), (data, TRANSFERS)):
-        for name in names:
-            method = getattr(type(part), name, None)
-            known = method is None or method.__module__.partition(".")[0] in ("puma_lightning", "lightning")
-            if not known or name in getattr(part, "__dict__", {}):
-                return f"{name} of {type(part).__name__}, which may do more than work on tensors"
+    for name in (*MODULE_HOOKS, *TRANSFERS):
+        method = getattr(type(module), name, None)
+        known = method is None or method.__module__.partition(".")[0] in ("puma_lightning", "lightning")
+        if not known or name in vars(module):
+            return f"{name} of {type(module).__name__}, which may do more than work on tensors"
+    if (hook := offer_of(trainer).own_hook(TRANSFERS)) is not None:
+        return f"{hook} of the DataModule, which may change a batch"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name in CALLBACK_HOOKS:
-            if getattr(type(callback), name) is not getattr(pl.Callback, name):
+            if getattr(type(callback), name) is not getattr(pl.Callback, name) or name in vars(callback):
                 return f"{name} of {type(callback).__name__}, which is to be called within it"
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
@@ -464,6 +497,15 @@ def _of_hooks(module: "StreamedModule") -> str | None:
         if not getattr(owner, "in_place", False):
             return f"{type(owner).__name__}, which observes it and is not in_place"
     optimizer = trainer.optimizers[0]
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return f"a hook on the step of {type(optimizer).__name__}"
+    for config in trainer.lr_scheduler_configs:
+        if getattr(config.scheduler, "cycle_momentum", False):
+            return (
+                f"the scheduler {type(config.scheduler).__name__} with cycle_momentum, which changes more than the rate"
+            )
+    if torch.is_anomaly_enabled():
+        return "detect_anomaly, which looks at every value"
     if any("capturable" not in group for group in optimizer.param_groups):
         return f"the optimizer {type(optimizer).__name__}, which is not capturable"
     return None
