@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 import warnings
 from functools import partial
 from typing import Any
@@ -147,9 +148,9 @@ def run(
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     options = {"enable_checkpointing": saves, "gradient_clip_val": 0.5, **options}
     options |= {"accelerator": accelerator, "devices": 1, "max_steps": steps, "callbacks": [losses, *callbacks]}
-    trainer = pl.Trainer(**QUIET, **options)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
+        trainer = pl.Trainer(**QUIET, default_root_dir=folder, **options)
         loader = DataLoader(data, BATCH, shuffle=shuffle and not isinstance(data, IterableDataset))
         trainer.fit(module, loader, DataLoader(ROWS[:8], 4), ckpt_path=ckpt)
     return losses.losses, module.state_dict(), trainer
