@@ -120,7 +120,7 @@ def train(
     depths = sorted({depth(run) for run in runs.values()})
     for name, run in runs.items():
         for seed in seeds:
-            _claim(folder / f"{name}_{seed}", run, seed, flags, runs)
+            claim(folder / f"{name}_{seed}", run, seed, flags, runs)
     with tqdm(total=len(runs) * len(seeds), desc="runs", unit="run") as progress:
         for level in depths:
             with ThreadPoolExecutor(jobs) as pool:
@@ -176,7 +176,7 @@ def read_config(path: Path) -> Any:
     return whole(content) if isinstance(content, dict) else content
 
 
-def _claim(target: Path, run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> None:
+def claim(target: Path, run: Run, seed: int, flags: list[str], runs: dict[str, Run]) -> None:
     """Say whose folder it is, or refuse it."""
     settings = json.dumps(_settings(run, seed, flags, runs), indent=1)
     said = target / "settings.json"
@@ -207,14 +207,8 @@ def _train(name: str, run: Run, seed: int, folder: Path, threads: int | None, fl
     with FileLock(target / "lock"):
         if (target / "done").exists():
             return
-        words = _words(run, seed, flags)
-        words = [str(_config(word)) if flag == "--config" else _absolute(word) for flag, word in pairwise(["", *words])]
-        if run.start is not None:
-            flag = "--ckpt_path" if run.command == "validate" else "--model.init_args.init_from"
-            words += [flag, str(last_checkpoint(folder / f"{run.start}_{seed}").absolute())]
-        if list(target.rglob("last.ckpt")):
-            words += ["--ckpt_path", str(last_checkpoint(target).absolute())]
-        words = [sys.executable, "-m", "puma_lightning", run.command, *words, "--trainer.enable_progress_bar", "false"]
+        words = [*command(name, run, seed, folder, flags), "--trainer.enable_progress_bar", "false"]
+        words = [sys.executable, "-m", "puma_lightning", *words]
         environ = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         with (target / "log.txt").open("a") as log:
             code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=target).returncode
@@ -222,6 +216,19 @@ def _train(name: str, run: Run, seed: int, folder: Path, threads: int | None, fl
             tail = "\n".join((target / "log.txt").read_text().splitlines()[-5:])
             raise SystemExit(f"{name}, seed {seed} failed, see {target / 'log.txt'}:\n{tail}")
         (target / "done").touch()
+
+
+def command(name: str, run: Run, seed: int, folder: Path, flags: list[str]) -> list[str]:
+    """The words after ``puma`` that make a run, or go on with it, from within its folder."""
+    target = folder / f"{name}_{seed}"
+    words = _words(run, seed, flags)
+    words = [str(_config(word)) if flag == "--config" else _absolute(word) for flag, word in pairwise(["", *words])]
+    if run.start is not None:
+        flag = "--ckpt_path" if run.command == "validate" else "--model.init_args.init_from"
+        words += [flag, str(last_checkpoint(folder / f"{run.start}_{seed}").absolute())]
+    if list(target.rglob("last.ckpt")):
+        words += ["--ckpt_path", str(last_checkpoint(target).absolute())]
+    return [run.command, *words]
 
 
 def last_checkpoint(folder: Path) -> Path:

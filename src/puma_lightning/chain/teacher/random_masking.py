@@ -13,6 +13,11 @@ from puma_lightning.chain.teacher.base import ForwardProcess
 class RandomMasking(ForwardProcess):
     """The baseline: mask n uniformly chosen answer positions, with n uniform in 1..A.
 
+    Args:
+        stratified: Spread the n of a batch evenly over 1..A, as MDLM (arXiv 2406.07524) does with its times: every
+            sequence's n is as likely as without, so the expected gradient is the same, and its variance is lower.
+            Without, they are independent, as in the paper.
+
     Example:
         >>> x0, given = torch.tensor([[5, 3, 8]]), torch.tensor([[True, False, False]])
         >>> chains = RandomMasking().start(Chains.fully_masked(x0, given, mask_id=9))
@@ -22,7 +27,12 @@ class RandomMasking(ForwardProcess):
 
     recordable = True
 
+    def __init__(self, stratified: bool = False) -> None:
+        self.stratified = stratified
+
     def start(self, chains: Chains, generator: torch.Generator | None = None) -> Chains:
+        if self.stratified:
+            return stratified_masking(chains, generator)
         return mask_fraction(chains, chains.uniform(generator), generator)
 
 

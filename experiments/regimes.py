@@ -1,0 +1,159 @@
+"""Which forward process should I use? A queue of runs, most informative first, and what came out so far.
+
+    python experiments/regimes.py                      # 6x6, on a CPU; start it twice to use two cores
+    python experiments/regimes.py --minutes 30         # stop in time; the same command goes on
+    python experiments/regimes.py --scale gpu --data.train_file train.csv.gz --data.val_file "[easy.csv.gz,hard.csv.gz]"
+
+All runs are made in one process, one after the other, each as ``puma fit`` would. Values are written after every
+validation. Runs that are done, or that another process is at, are skipped; an interrupted one is resumed.
+"""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _runs import ROOT, Point, Run, claim, command, write_csv
+from _watch import DONE, read_values
+from filelock import FileLock, Timeout
+
+from puma_lightning.cli import main as puma
+
+FORWARD_PROCESS = "--model.init_args.forward_process"
+
+
+def choose(name: str, **settings: Any) -> tuple[str, ...]:
+    """The flag that chooses a forward process."""
+    return (f"{FORWARD_PROCESS}={json.dumps({'class_path': name, 'init_args': settings})}",)
+
+
+def puma_with(num_stages: int, **settings: Any) -> tuple[str, ...]:
+    return choose("ProgressiveUnmasking", num_stages=num_stages, **settings)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A part of the queue: runs that answer a question together, and their seeds."""
+
+    question: str
+    runs: dict[str, tuple[str, ...]]  # flags by name
+    seeds: range
+
+
+def queue(num_stages: int, seeds: int) -> tuple[Entry, ...]:
+    """The runs, most informative first.
+
+    Args:
+        num_stages: K, the paper's for this size of puzzle.
+        seeds: Of the runs that matter most; three of the others.
+    """
+    main = {
+        "stratified": choose("RandomMasking", stratified=True),
+        "random": choose("RandomMasking", stratified=False),
+        "puma": puma_with(num_stages),
+        "puma_t0.9": puma_with(num_stages, threshold=0.9),
+    }
+    stages = {f"puma_k{k}": puma_with(k) for k in (2, 3, 2 * num_stages)}
+    others = {
+        "puma_k3_t0.9": puma_with(3, threshold=0.9),
+        "self_aligned": choose("SelfAlignedMasking"),
+        "mixed": choose("MixedMasking", num_stages=num_stages, random_share=0.5),
+    }
+    first, more, three = range(min(3, seeds)), range(3, seeds), range(3)
+    return (
+        Entry("what wins?", main, first),
+        Entry("what wins? more seeds", main, more),
+        Entry("K", stages, three),
+        Entry("other processes", others, three),
+    )
+
+
+SCALES = {
+    "cpu": ("experiments/regimes_cpu.yaml", queue(6, 5)),
+    "gpu": ("experiments/regimes_gpu.yaml", queue(8, 3)),
+}
+
+
+def jobs(entries: tuple[Entry, ...], only: list[str] | None, seeds: list[int] | None) -> list[tuple[str, int]]:
+    """Names and seeds in the order of the queue; seed by seed, so that what is done early can be compared."""
+    found = [(name, seed) for entry in entries for seed in entry.seeds for name in entry.runs]
+    if only:
+        found = [job for job in found if job[0] in only]
+    if seeds is not None:
+        found = [job for job in found if job[1] in seeds]
+    return list(dict.fromkeys(found))
+
+
+def make(name: str, run: Run, seed: int, folder: Path, flags: list[str], deadline: float | None) -> bool:
+    """Make a run, or go on with it, in this process; return whether it is whole."""
+    target = folder / f"{name}_{seed}"
+    try:
+        with FileLock(target / "lock", timeout=0):
+            if (target / DONE).exists():
+                return True
+            watch = "--trainer.callbacks"
+            words = [f"{watch}+=_watch.Watch", f"{watch}.folder={target}"]
+            words += [f"{watch}.deadline={deadline}"] if deadline is not None else []
+            before = Path.cwd()
+            os.chdir(target)
+            try:
+                puma([*command(name, run, seed, folder, flags), *words])
+            finally:
+                os.chdir(before)
+    except Timeout:  # another process is at it
+        return False
+    return (target / DONE).exists()
+
+
+def points(found: list[tuple[str, int]], folder: Path) -> list[Point]:
+    """Every value so far, also of runs that are not whole."""
+    return [
+        Point(name, seed, step, seconds, metric, value)
+        for name, seed in found
+        for step, seconds, metric, value in read_values(folder / f"{name}_{seed}")
+    ]
+
+
+def main() -> None:
+    """Make the runs of the queue that are not done, and write what is known after each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Other flags, such as --trainer.max_steps 500, go to every run.",
+    )  # fmt: skip
+    parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="gpu: the paper's 9x9 puzzles")
+    parser.add_argument("--minutes", type=float, help="stop after so many")
+    parser.add_argument("--only", nargs="+", help="names of runs; by default all")
+    parser.add_argument("--seeds", type=int, nargs="+", help="by default those of the queue")
+    parser.add_argument("--folder", type=Path, help="of the runs; default runs/experiments/regimes_SCALE")
+    parser.add_argument("--threads", type=int, help="CPU threads; default what PyTorch chooses")
+    parser.add_argument("--out", type=Path, help="of the results; default experiments/results")
+    args, flags = parser.parse_known_args()
+    if any(flag.split("=")[0] == "--seed_everything" for flag in flags):
+        parser.error("--seed_everything would make all seeds the same run: give --seeds")
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config, entries = SCALES[args.scale]
+    folder = (args.folder or Path("runs/experiments") / f"regimes_{args.scale}").absolute()
+    out = args.out or ROOT / "experiments" / "results"
+    flags_of = {name: words for entry in entries for name, words in entry.runs.items()}
+    if unknown := set(args.only or ()) - set(flags_of):
+        parser.error(f"--only: expected names among {', '.join(flags_of)}, got {', '.join(sorted(unknown))}")
+    runs = {name: Run(name, config, words) for name, words in flags_of.items()}
+    todo = jobs(entries, args.only, args.seeds)
+    for name, seed in todo:
+        claim(folder / f"{name}_{seed}", runs[name], seed, flags, runs)
+    for number, (name, seed) in enumerate(todo):
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        print(f"\n== {name}, seed {seed}: run {number + 1} of {len(todo)}", flush=True)
+        make(name, runs[name], seed, folder, flags, deadline)
+        write_csv(out / f"regimes_{args.scale}.csv", points(todo, folder))
+
+
+if __name__ == "__main__":
+    main()
