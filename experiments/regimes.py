@@ -32,6 +32,7 @@ def choose(name: str, **settings: Any) -> tuple[str, ...]:
 
 
 def puma_with(num_stages: int, **settings: Any) -> tuple[str, ...]:
+    """The flag that chooses PUMA."""
     return choose("ProgressiveUnmasking", num_stages=num_stages, **settings)
 
 
@@ -140,6 +141,7 @@ def main() -> None:
     config, entries = SCALES[args.scale]
     folder = (args.folder or Path("runs/experiments") / f"regimes_{args.scale}").absolute()
     out = args.out or ROOT / "experiments" / "results"
+    out.mkdir(parents=True, exist_ok=True)
     flags_of = {name: words for entry in entries for name, words in entry.runs.items()}
     if unknown := set(args.only or ()) - set(flags_of):
         parser.error(f"--only: expected names among {', '.join(flags_of)}, got {', '.join(sorted(unknown))}")
