@@ -45,11 +45,12 @@ class Entry:
     seeds: range
 
 
-def queue(num_stages: int, seeds: int) -> tuple[Entry, ...]:
+def queue(num_stages: int, batch_size: int, seeds: int) -> tuple[Entry, ...]:
     """The runs, most informative first.
 
     Args:
         num_stages: K, the paper's for this size of puzzle.
+        batch_size: B, of which the pools are multiples.
         seeds: Of the runs that matter most; three of the others.
     """
     main = {
@@ -57,25 +58,52 @@ def queue(num_stages: int, seeds: int) -> tuple[Entry, ...]:
         "random": choose("RandomMasking", stratified=False),
         "puma": puma_with(num_stages),
         "puma_t0.9": puma_with(num_stages, threshold=0.9),
+        "all": puma_with(num_stages, pool="all"),
+        "all_t0.9": puma_with(num_stages, pool="all", threshold=0.9),
     }
-    stages = {f"puma_k{k}": puma_with(k) for k in (2, 3, 2 * num_stages)}
+    controls = {
+        # Stratified and spread over the run as a pool of all is, but not aligned.
+        "all_random_order": puma_with(num_stages, pool="all", policy="RandomOrder"),
+        # Correlated as PUMA is, but not aligned.
+        "puma_random_order": puma_with(num_stages, policy="RandomOrder"),
+        "pool_8b": puma_with(num_stages, pool=8 * batch_size),
+        "pool_64b": puma_with(num_stages, pool=64 * batch_size),
+        "all_unshuffled": (*puma_with(num_stages, pool="all"), "--data.class_path=_controls.UnshuffledSudoku"),
+    }
+    few = {
+        f"{name}_n{number}": (*main[name], f"--data.init_args.num_train={number}")
+        for number in (300, 2000)
+        for name in ("stratified", "puma_t0.9", "all_t0.9")
+    }
+    stages = {
+        **{f"puma_k{k}": puma_with(k) for k in (2, 3, 2 * num_stages)},
+        **{f"all_t0.9_k{k}": puma_with(k, pool="all", threshold=0.9) for k in (3, 2 * num_stages)},
+    }
+    batches = {
+        f"{name}_b{size}": (*main[name], f"--data.init_args.batch_size={size}")
+        for size in (batch_size // 4, 2 * batch_size)
+        for name in ("stratified", "all_t0.9")
+    }
     others = {
-        "puma_k3_t0.9": puma_with(3, threshold=0.9),
         "self_aligned": choose("SelfAlignedMasking"),
         "mixed": choose("MixedMasking", num_stages=num_stages, random_share=0.5),
+        "puma_k3_t0.9": puma_with(3, threshold=0.9),
     }
     first, more, three = range(min(3, seeds)), range(3, seeds), range(3)
     return (
         Entry("what wins?", main, first),
+        Entry("why?", controls, three),
+        Entry("few puzzles, many epochs", few, three),
         Entry("what wins? more seeds", main, more),
         Entry("K", stages, three),
+        Entry("batches", batches, three),
         Entry("other processes", others, three),
     )
 
 
 SCALES = {
-    "cpu": ("experiments/regimes_cpu.yaml", queue(6, 5)),
-    "gpu": ("experiments/regimes_gpu.yaml", queue(8, 3)),
+    "cpu": ("experiments/regimes_cpu.yaml", queue(6, 32, 5)),
+    "gpu": ("experiments/regimes_gpu.yaml", queue(8, 32, 3)),
 }
 
 

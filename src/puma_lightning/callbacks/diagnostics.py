@@ -32,7 +32,7 @@ class ChainDiagnostics(Callback):
       is revealed.
     - ``chain/by_count``, ``chain/by_threshold``: positions revealed in a step after which a chain goes on, by the
       target count alone and because they are above the threshold.
-    - ``chain/length``: training steps of the chains that ended, of those whose start was seen.
+    - ``chain/length``: training steps of the chains that ended, of those whose start was seen; not of those in a pool.
     - ``chain/sequences``: clean sequences taken since the start of training, all processes together.
 
     Args:
@@ -63,6 +63,7 @@ class ChainDiagnostics(Callback):
         self._agreed: tuple[Tensor, Tensor] | None = None
         self._ages: dict[int, tuple[int, Tensor]] = {}  # by group: block length, and steps so far, (B, blocks)
         self._unmasking: Unmasking | None = None
+        self._waits = False  # whether chains wait in a pool, so that a row of a group holds another in every step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the stream."""
@@ -73,6 +74,7 @@ class ChainDiagnostics(Callback):
         self.history = [past for past in self.history if past["step"] <= trainer.global_step]
         self._sums, self._ages, self._agreed = {}, {}, None
         self._unmasking = pl_module.forward_process.unmasking
+        self._waits = pl_module.stream.pool_name is not None
         pl_module.stream.observers.append(self._observe)
 
     def _observe(self, group: int, before: Chains, predictions: Tensor | Prediction, after: Chains) -> None:
@@ -100,11 +102,17 @@ class ChainDiagnostics(Callback):
         self._add("by_threshold", (revealed & confident).sum().float())
         self._add("steps", goes_on.sum().float())
 
+        if not self._waits:
+            self._add_lengths(group, before, after)
+
+    def _add_lengths(self, group: int, before: Chains, after: Chains) -> None:
+        """Add up how many steps the chains took that have ended."""
+        running = ~before.done
         size, blocks = before.x0.shape[1], before.num_blocks
         size_before, age = self._ages.get(group, (0, None))
         if age is None or (age.shape[1] != blocks and size != size_before):
             # When these chains started was not seen.
-            age = loss.new_full((len(loss) // blocks, blocks), float("nan"))
+            age = torch.full((len(running) // blocks, blocks), float("nan"), device=running.device)
         # Among sequences of other lengths a sequence has other blocks of padding, which are over.
         age = F.pad(age, (0, blocks - age.shape[1])).flatten()
         age = age + running
@@ -152,7 +160,8 @@ class ChainDiagnostics(Callback):
         entry = {f"loss_{i + 1}": loss for i, loss in enumerate((sums["loss"] / sums["chains"]).tolist())}
         entry["by_count"] = float(sums["by_count"] / sums["steps"])
         entry["by_threshold"] = float(sums["by_threshold"] / sums["steps"])
-        entry["length"] = float(sums["length"] / sums["ended"])
+        if not self._waits:
+            entry["length"] = float(sums["length"] / sums["ended"])
         entry["mismatch"] = float(1 - sums["kept"] / sums["possible"])
         entry["sequences"] = float(sums["sequences"])
         entry = {name: value for name, value in entry.items() if value == value}

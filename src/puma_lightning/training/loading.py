@@ -3,7 +3,7 @@
 import os
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,12 +13,16 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
 from puma_lightning.training.lightning_internals import wrap_loaders
+from puma_lightning.training.pooled import PooledStream
 from puma_lightning.training.sequences import CleanSequences, derived_seed
 from puma_lightning.training.stopping import LoaderWorker, loader_context
 from puma_lightning.training.stream import Stream
 
 if TYPE_CHECKING:
     from puma_lightning.modules.base import StreamedModule
+
+
+PoolSize = int | Literal["all"] | None
 
 
 class StreamLoading:
@@ -82,6 +86,7 @@ class StreamLoading:
             seed,
             module.shifted,
             overfit,
+            module.forward_process.pool == "all",
         )
         groups = max(
             [trainer.accumulate_grad_batches]
@@ -102,17 +107,22 @@ class StreamLoading:
                 f"process(es) (batch size {sequences.batch_size} x accumulation {groups}), got "
                 f"{sequences.num_sequences} in all; lower the batch size or bring more sequences"
             )
-        module.stream = Stream(
-            sequences,
-            module.forward_process,
-            module.mask_id,
-            sequences.batch_size,
-            num_groups=groups,
-            num_steps=steps_in_an_epoch(trainer, sequences),
-            seed=seed,
-            device=trainer.strategy.root_device,
-            block_size=module.block_size,
-        )
+        settings: dict[str, Any] = {
+            "sequences": sequences,
+            "process": module.forward_process,
+            "mask_id": module.mask_id,
+            "batch_size": sequences.batch_size,
+            "num_groups": groups,
+            "num_steps": steps_in_an_epoch(trainer, sequences),
+            "seed": seed,
+            "device": trainer.strategy.root_device,
+            "block_size": module.block_size,
+        }
+        pool = checked_pool(module.forward_process.pool, needed, sequences)
+        if pool is None:
+            module.stream = Stream(**settings)
+        else:
+            module.stream = PooledStream(None if pool == "all" else pool, **settings)
         module.resume.restore_stream(module.stream)
         return module.stream
 
@@ -141,6 +151,33 @@ class StreamLoading:
             loader.worker_init_fn = LoaderWorker(start)
             loader.multiprocessing_context = loader_context(loader.multiprocessing_context)
         return loaders
+
+
+def checked_pool(pool: PoolSize, needed: int, sequences: CleanSequences) -> PoolSize:
+    """Return the pool of a run; None where it has as many chains as are trained on before any comes again.
+
+    Args:
+        pool: Of the forward process.
+        needed: How many sequences are trained on in an update, by each process.
+        sequences: The supply.
+
+    Raises:
+        ValueError: If it does not fit the batches or the data.
+    """
+    if pool is None or pool == "all" or pool == needed:
+        return None if pool == needed else pool
+    if pool % needed:
+        nearest = max(1, round(pool / needed)) * needed
+        raise ValueError(
+            f"pool: expected a multiple of {needed}, the sequences of a process in an update (batch size x "
+            f"accumulation), got {pool}; give {nearest}"
+        )
+    if sequences.num_sequences is not None and pool > (most := sequences.num_sequences // sequences.world_size):
+        raise ValueError(
+            f"pool: expected at most {most}, the training sequences of a process, got {pool}; give all for a chain for "
+            "each of them"
+        )
+    return pool
 
 
 def steps_in_an_epoch(trainer: pl.Trainer, sequences: CleanSequences) -> int:

@@ -4,6 +4,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,8 @@ class CleanSequences:
         world_size: Number of processes.
         seed: The same on all ranks.
         first_given: Whether position 0 must be given in every sequence.
+        fixed_share: Whether a rank has the same sequences in every pass, so that they have numbers: of R ranks, rank r
+            has the sequences r, r + R, r + 2R, and so on, each pass in an order of its own if the loader shuffles.
         first_batches: Of the data only the first so many batches (an integer), or this share of them (a float), for
             each rank, in their order whatever the sampler is; 0 for all of them. Of an iterable data set they are read
             once and kept.
@@ -95,6 +98,7 @@ class CleanSequences:
         seed: int = 0,
         first_given: bool = False,
         first_batches: int | float = 0,
+        fixed_share: bool = False,
     ) -> None:
         self.loader = loader
         self.rank = rank
@@ -149,7 +153,29 @@ class CleanSequences:
         self._keeps_first = False
         if first_batches:
             self._keep_first(first_batches)
+        self._fixed_share = fixed_share
+        if fixed_share:
+            self._fix_share()
         self.seek(seed, 0)
+
+    def _fix_share(self) -> None:
+        """Read the same sequences in every pass."""
+        sampler = self._sampler
+        shuffles = _shuffles_all(sampler)
+        if self._iterable or self._dealt_out or not (shuffles or type(sampler) is SequentialSampler):
+            got = self.loader.dataset if self._iterable else sampler
+            raise ValueError(
+                "train_dataloader: expected a data set with an index, and a loader that shuffles it or reads it in "
+                f"order, as every sequence has a row in a pool of all, got {type(got).__name__}; leave that out, or "
+                "choose a pool of some"
+            )
+        self._sampler, self._dealt_out = _Share(len(sampler), self.rank, self.world_size, shuffles), True
+
+    @property
+    def share(self) -> int:
+        """How many sequences the fixed share of this rank has."""
+        assert self._fixed_share
+        return len(self._sampler)
 
     def _keep_first(self, batches: int | float) -> None:
         """Leave nothing of the data but its first batches."""
@@ -219,6 +245,8 @@ class CleanSequences:
         self._ahead: deque[tuple[Batch, int]] = deque()  # taken ahead: sequences, and how many of them do not count
         self._place = place
         self._batches = self._read()
+        if self._fixed_share:
+            self._upcoming = iter(_EndlessOrder(self._sampler, self.seed, 0, 1, self.position))
 
     def close(self) -> None:
         """Let the loader's worker processes end; the position stays."""
@@ -233,7 +261,7 @@ class CleanSequences:
     def lengths_may_vary(self) -> bool:
         """Whether sequences of different lengths may come: unless examples are stacked as they come, in any order."""
         stacks = self.loader.collate_fn is default_collate and self.batch_size > 1
-        in_any_order = type(self._sampler) in (RandomSampler, SequentialSampler) and not self._iterable
+        in_any_order = type(self._sampler) in (RandomSampler, SequentialSampler, _Share) and not self._iterable
         one = (stacks and in_any_order) or getattr(self.loader.dataset, "one_length", False)
         return self.lengths_vary or not one
 
@@ -270,6 +298,14 @@ class CleanSequences:
         self.position += number - waiting
         # How long the longest is must not depend on what else was loaded, which is other in a resumed run.
         return padding_last(taken)
+
+    def take_with_rows(self, number: int) -> tuple[Batch, Tensor]:
+        """Take the next sequences as ``take`` does.
+
+        Returns:
+            The batch, and which sequences of a fixed share they are, (number,) int64.
+        """
+        return self.take(number), torch.tensor(list(islice(self._upcoming, number))) // self.world_size
 
     def take_ahead(self, number: int) -> Batch:
         """Return the next sequences as ``take`` does; they count as taken only when ``settle`` says so."""
@@ -448,7 +484,10 @@ class CleanSequences:
                 **options,
             )
             in_a_pass = -(-len(self._sampler) // (shards * self.batch_size))
-            return _with_rows(((check(batch), None) for batch in loader), in_a_pass, type(old.dataset).__name__)
+            checked: Iterator[tuple[Batch, None]] = ((check(batch), None) for batch in loader)
+            if self._fixed_share:
+                checked = _whole(checked, self.batch_size)
+            return _with_rows(checked, in_a_pass, type(old.dataset).__name__)
         place, taken = self._place, self.position + _size(self._rest)
         if self._keeps_first:
             taken = 0
@@ -487,6 +526,18 @@ def _with_rows(batches: Iterator[tuple[Batch, None]], in_a_pass: int, name: str)
         f"train_dataloader: expected an example for every index, got StopIteration from {name}; have its __getitem__ "
         "return one, or raise IndexError"
     )
+
+
+def _whole(batches: Iterator[tuple[Batch, None]], batch_size: int) -> Iterator[tuple[Batch, None]]:
+    """Refuse a batch that has not one sequence for each example."""
+    for batch, place in batches:
+        if _size(batch) != batch_size:
+            raise ValueError(
+                f"train_dataloader: expected a collate_fn that returns a sequence for each of {batch_size} examples, "
+                f"as every example has a row in a pool of all, got {_size(batch)}; leave examples out beforehand, or "
+                "choose a pool of some"
+            )
+        yield batch, place
 
 
 def _share_of(
@@ -529,6 +580,26 @@ def _cut(batch: Batch, number: int) -> tuple[Batch, Batch]:
     )
 
 
+def _shuffles_all(sampler: Any) -> bool:
+    """Tell whether a sampler yields every index once, in random order."""
+    return type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source)
+
+
+class _Share(Sampler[int]):
+    """The same sequences in every pass, shuffled by the global generator, which ``_EndlessOrder`` seeds."""
+
+    def __init__(self, size: int, rank: int, ranks: int, shuffles: bool) -> None:
+        self.indices = torch.arange(rank, size, ranks)
+        self.shuffles = shuffles
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.indices[torch.randperm(len(self))] if self.shuffles else self.indices
+        return iter(order.tolist())
+
+
 class _EndlessOrder(Sampler[int]):
     """Indices of one rank, pass after pass, from a position on."""
 
@@ -553,8 +624,7 @@ class _EndlessOrder(Sampler[int]):
         size = len(self.sampler)
         if isinstance(self.sampler, SequentialSampler):
             return torch.arange(size)
-        plain = type(self.sampler) is RandomSampler and not self.sampler.replacement
-        if plain and size == len(self.sampler.data_source):
+        if _shuffles_all(self.sampler):
             generator = torch.Generator().manual_seed(derived_seed(self.seed, number))
             return torch.randperm(size, generator=generator)
         if hasattr(self.sampler, "set_epoch"):

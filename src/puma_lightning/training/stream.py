@@ -17,11 +17,12 @@ from torch import Tensor
 
 from puma_lightning.chain.blocks import cut_blocks, join_blocks
 from puma_lightning.chain.chains import Chains
-from puma_lightning.chain.stages import StepSchedule, stage_of
+from puma_lightning.chain.stages import StepSchedule
 from puma_lightning.chain.teacher import ForwardProcess
 from puma_lightning.data.batch import Batch, padded_to_multiple
 from puma_lightning.output.prediction import Prediction, apply
-from puma_lightning.training.host import on_host
+from puma_lightning.training.host import copy_to_host, on_host
+from puma_lightning.training.pool import stages_told
 from puma_lightning.training.sequences import CleanSequences, derived_seed
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Stream:
         # Whole sequences are as long as a multiple of this, so that every block size divides them.
         self._multiple = math.lcm(*block_size.values) if block_size is not None else 1
         self._lengths: dict[int, Tensor] = {}  # of the sequences in each group that is filled, without padding, (B,)
-        self._on_host: dict[int, Callable[[], Tensor]] = {}  # what ``_for_host`` says of each group that is filled
+        self._on_host: dict[int, Callable[[], Tensor]] = {}  # what ``for_host`` says of each group that is filled
         self.step = 0  # batches yielded in the life of this stream
         # Whether what enters the batch takes its random numbers from those drawn for all rows, of which any number may
         # enter. Runs begun before version 0.3.0 draw for as many as enter.
@@ -97,8 +98,15 @@ class Stream:
         self.on_device: RowsOnDevice | None = None  # what takes care of the rows while steps are recorded
 
     def seed_of(self, step: int, purpose: str) -> int:
-        """Return the seed of what is drawn for the rows of a batch that enter it, or as its chains advance."""
-        return derived_seed(self.seed, self.sequences.rank, step, {"start": 0, "advance": 1, "deal": 2}[purpose])
+        """Return the seed of what is drawn for the rows of a batch that enter it, or as its chains advance.
+
+        Args:
+            step: The number of the batch; for the ``turn`` of chains in a pool, of the pass over it.
+            purpose: What is drawn: ``start``, ``advance``, ``deal`` or ``turn``.
+        """
+        return derived_seed(
+            self.seed, self.sequences.rank, step, {"start": 0, "advance": 1, "deal": 2, "turn": 3}[purpose]
+        )
 
     def _seeded(self, step: int, purpose: str) -> torch.Generator:
         generator = self._generators["start" if purpose == "deal" else purpose]
@@ -162,7 +170,11 @@ class Stream:
         group = (self.step - 1) % len(self.groups)
         after = self.moved(group, predictions, step, self._seeded(self.step - 1, "advance"))
         self.groups[group] = after
-        self._on_host[group] = copy_to_host(_for_host(after))
+        self.note(group, after)
+
+    def note(self, group: int, chains: Chains) -> None:
+        """Have the host learn where the chains of a group have moved to."""
+        self._on_host[group] = copy_to_host(for_host(chains))
 
     def moved(self, group: int, predictions: Tensor | Prediction, step: int, generator: torch.Generator) -> Chains:
         """Return the chains of an accumulation group as they are after a step, and tell all observers.
@@ -195,22 +207,21 @@ class Stream:
         rows = {name: cut_blocks(join_blocks(whole, chains.num_blocks), block_size) for name, whole in rows.items()}
         blocks = chains.num_blocks * chains.x0.shape[1] // block_size
         cut = replace(chains, **rows, num_blocks=blocks)
-        num_stages = self.process.chain_stages(cut.num_stages, cut.answer_length)
-        return replace(cut, stage=stage_of(cut.revealed, num_stages, cut.answer_length), done=~cut.masked.any(1))
+        return replace(cut, stage=stages_told(self.process, cut), done=~cut.masked.any(1))
 
     def by_host_again(self) -> None:
         """Take care of the rows again, which stay as they are."""
         self.on_device = None
         for group, chains in enumerate(self.groups):
             if chains is not None:
-                self._on_host[group] = copy_to_host(_for_host(chains))
+                self._on_host[group] = copy_to_host(for_host(chains))
 
     def refilled_by_host(self, group: int) -> Chains:
         """Return the chains of a group, with fresh sequences in place of those whose chains are all over."""
         chains = self.groups[group]
         if chains is None:
             fresh, lengths = self._first_fill(group)
-            known = _for_host(fresh)
+            known = for_host(fresh)
             chains = fresh.map(self._upload)
         else:
             known = self._on_host[group]()
@@ -225,7 +236,7 @@ class Stream:
             chains, fresh = chains.with_length(length, block_size), fresh.with_length(length, block_size)
             blocks = chains.num_blocks
             rows = (over[:, None] * blocks + torch.arange(blocks)).flatten()
-            known = _with_blocks(known, self.batch_size, blocks).index_copy(1, rows, _for_host(fresh))
+            known = _with_blocks(known, self.batch_size, blocks).index_copy(1, rows, for_host(fresh))
             chains = chains.with_rows(self._upload(rows), fresh.map(self._upload))
             if (lengths == length).all():
                 chains = replace(chains, attention_mask=None)
@@ -254,19 +265,24 @@ class Stream:
         """
         clean = {name: rows.cpu() for name, rows in self.sequences.take(len(stage)).items()}
         size, length = clean["input_ids"].shape
-        if length % self._multiple and not self.step and "attention_mask" not in clean:
-            rank_zero_warn(
-                f"block_size: blocks do not divide sequences of length {length}, which are padded to "
-                f"{_up_to(length, self._multiple)}; choose sizes that do for less work"
-            )
         lengths = clean["attention_mask"].sum(1) if "attention_mask" in clean else torch.full((size,), length)
-        clean = padded_to_multiple(clean, self._multiple, self.mask_id)
+        clean = self.with_whole_blocks(clean)
         generator = self._seeded(self.step, purpose)
         if purpose == "start" and self.draws_for_all_rows and size < self.batch_size:
             rows = torch.arange(self.batch_size).clamp_max(size - 1)
             clean, stage = {name: values[rows] for name, values in clean.items()}, stage[rows]
         fresh = begin(self.process, clean, self.mask_id, num_stages, stage, block_size, generator)
         return _chosen(fresh, torch.arange(size)), lengths
+
+    def with_whole_blocks(self, clean: Batch) -> Batch:
+        """Pad a checked batch so that every block size divides its length; warn if all of its sequences need it."""
+        length = clean["input_ids"].shape[1]
+        if length % self._multiple and not self.step and "attention_mask" not in clean:
+            rank_zero_warn(
+                f"block_size: blocks do not divide sequences of length {length}, which are padded to "
+                f"{_up_to(length, self._multiple)}; choose sizes that do for less work"
+            )
+        return padded_to_multiple(clean, self._multiple, self.mask_id)
 
     def snapshot(self, in_flight: bool = False) -> dict[str, Any]:
         """Return everything needed to go on exactly from here, as CPU tensors and plain types.
@@ -303,10 +319,34 @@ class Stream:
         """
         check_same("accumulate_grad_batches", len(snapshot["groups"]), len(self.groups))
         check_same("batch_size", snapshot["num_slots"], self.batch_size)
-        check_same("training sequences", snapshot["num_sequences"], self.sequences.num_sequences)
+        self.check(snapshot)
         self.sequences.restore(snapshot["seed"], snapshot["position"], snapshot.get("supply"))
         self.sequences.lengths_vary |= snapshot.get("lengths_vary", False)
         self._go_on(snapshot, self._saved_groups(snapshot))
+
+    @property
+    def pool_name(self) -> int | str | None:
+        """What the pool is called that batches come from; None if chains never wait."""
+        return None
+
+    @property
+    def num_slots(self) -> int:
+        """How many sequences are in flight on a rank."""
+        return self.batch_size * len(self.groups)
+
+    def check(self, snapshot: dict[str, Any]) -> None:
+        """Check that a snapshot is of such a run.
+
+        Raises:
+            ValueError: If it is of another data set or another kind of stream.
+        """
+        check_same("training sequences", snapshot["num_sequences"], self.sequences.num_sequences)
+        check_same("pool", snapshot.get("pool", {}).get("name"), self.pool_name)
+
+    def fits(self, snapshots: Sequence[dict[str, Any]]) -> bool:
+        """Tell whether snapshots are of as many ranks, and batches of as many sequences, as there are now."""
+        shapes = {(len(snapshot["groups"]), snapshot["num_slots"]) for snapshot in snapshots}
+        return len(snapshots) == self.sequences.world_size and shapes == {(len(self.groups), self.batch_size)}
 
     def restore_from(self, snapshots: Sequence[dict[str, Any]]) -> None:
         """Go on from the snapshots of all ranks: exactly, if there are as many ranks and slots as there were.
@@ -317,19 +357,16 @@ class Stream:
         Raises:
             ValueError: If the snapshots are of another data set, or it cannot be dealt.
         """
-        shapes = {(len(snapshot["groups"]), snapshot["num_slots"]) for snapshot in snapshots}
         rank, ranks = self.sequences.rank, self.sequences.world_size
-        if len(snapshots) == ranks and shapes == {(len(self.groups), self.batch_size)}:
+        if self.fits(snapshots):
             self.restore(snapshots[rank])
             return
         first = snapshots[0]
-        check_same("training sequences", first["num_sequences"], self.sequences.num_sequences)
+        self.check(first)
         positions = [snapshot["position"] for snapshot in snapshots]
         self.sequences.deal(first["seed"], positions, [snapshot.get("supply") for snapshot in snapshots])
         self.sequences.lengths_vary |= any(snapshot.get("lengths_vary", False) for snapshot in snapshots)
-        groups: list[Chains | None] = [None for _ in self.groups]
-        rows = self._in_flight(snapshots)
-        slots = self.batch_size * len(groups)
+        rows, slots = self._in_flight(snapshots), self.num_slots
         in_flight = 0 if rows is None else len(rows.x0) // rows.num_blocks
         if rows is not None:
             # The rows of one sequence follow each other; the most revealed sequences first.
@@ -337,22 +374,32 @@ class Stream:
             mine = revealed.sort(descending=True, stable=True).indices[rank::ranks]
             self.seed, self.step = first["seed"], first["step"]
             if len(mine) > slots:
-                self.sequences.put_before(_sequences_of(_chosen(rows, mine[slots:])))
+                self.sequences.put_before(sequences_of(_chosen(rows, mine[slots:])))
             missing = max(0, slots - len(mine))
             stage = torch.arange(missing) * rows.num_stages // max(1, missing)
             dealt = _chosen(rows, mine[:slots])
             if missing:
                 size = None if self.block_size is None else rows.x0.shape[1]
                 dealt = _all(size, dealt, self._fresh(stage, rows.num_stages, size, "deal")[0])
-            groups = [_chosen(dealt, torch.arange(slots)[index :: len(groups)]) for index in range(len(groups))]
-        self._go_on(first, groups)
+            self._hold(first, dealt)
+        else:
+            self._go_on(first, [None for _ in self.groups])
         rank_zero_warn(
             f"the checkpoint of {len(snapshots)} process(es) x {len(first['groups'])} x {first['num_slots']} sequences "
-            f"(accumulation x batch size) goes on on {ranks} x {len(groups)} x {self.batch_size}: {in_flight:,} "
+            f"(accumulation x batch size) goes on on {ranks} x {len(self.groups)} x {self.batch_size}: {in_flight:,} "
             f"sequences in flight are dealt to {ranks * slots:,} slots ({max(0, in_flight - ranks * slots):,} wait to "
             f"start again), and what is left of the data after {sum(positions):,} sequences is dealt anew; none is "
             "left out or taken twice, but the run is not the same to the last bit"
         )
+
+    def _hold(self, snapshot: dict[str, Any], dealt: Chains) -> None:
+        """Take over the sequences that were dealt to this rank, on the CPU, one for each slot."""
+        groups = range(len(self.groups))
+        self._go_on(snapshot, [_chosen(dealt, torch.arange(self.num_slots)[i :: len(groups)]) for i in groups])
+
+    def _saved_chains(self, snapshot: dict[str, Any]) -> list[Chains | None]:
+        """Return all chains of a snapshot, in parts."""
+        return self._saved_groups(snapshot)
 
     def _saved_groups(self, snapshot: dict[str, Any]) -> list[Chains | None]:
         groups: list[Chains | None] = []
@@ -363,7 +410,7 @@ class Stream:
 
     def _in_flight(self, snapshots: Sequence[dict[str, Any]]) -> Chains | None:
         """Return the chains of all sequences that are not over, in blocks and stages of one kind; None if none is."""
-        saved = [chains for snapshot in snapshots for chains in self._saved_groups(snapshot) if chains is not None]
+        saved = [chains for snapshot in snapshots for chains in self._saved_chains(snapshot) if chains is not None]
         if not saved:
             return None
         # Schedules grow, so the largest is the newest.
@@ -405,10 +452,10 @@ class Stream:
         self.step = snapshot["step"]
         self.draws_for_all_rows = snapshot.get("draws_for_all_rows", False)
         self.groups = [chains and chains.to(self.device) for chains in groups]
-        self._on_host = {i: copy_to_host(_for_host(chains)) for i, chains in enumerate(groups) if chains is not None}
+        self._on_host = {i: copy_to_host(for_host(chains)) for i, chains in enumerate(groups) if chains is not None}
 
 
-def _sequences_of(chains: Chains) -> dict[str, Tensor]:
+def sequences_of(chains: Chains) -> dict[str, Tensor]:
     """Return the clean sequences of chains, (B, L) each."""
     rows = {"input_ids": chains.x0, "prompt_mask": chains.prompt_mask}
     if chains.attention_mask is not None:
@@ -475,12 +522,12 @@ def _with_blocks(known: Tensor, batch_size: int, blocks: int) -> Tensor:
     return torch.stack([F.pad(done, (0, more), value=1), F.pad(masked, (0, more))]).flatten(1)
 
 
-def _for_host(chains: Chains) -> Tensor:
+def for_host(chains: Chains) -> Tensor:
     """Tell of each chain whether it is over, and how many positions are masked, (2, N) int64."""
     return torch.stack([chains.done.long(), chains.masked.sum(1)])
 
 
-def check_same(what: str, saved: int | None, now: int | None) -> None:
+def check_same(what: str, saved: int | str | None, now: int | str | None) -> None:
     """Check that a checkpoint is of such a run.
 
     Raises:
@@ -491,26 +538,3 @@ def check_same(what: str, saved: int | None, now: int | None) -> None:
             f"{what}: expected {saved}, as in the checkpoint, got {now}; resume with {saved}, or start a new run from "
             "its weights with init_from"
         )
-
-
-def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start copying a tensor to the CPU.
-
-    Args:
-        tensor: On any device.
-
-    Returns:
-        What returns the copy. On a GPU it waits for the copy, and so for what the GPU had been given before it, but not
-        for anything it was given since.
-    """
-    copy = tensor.to("cpu", non_blocking=tensor.is_cuda)  # pinned where it does not block
-    if not tensor.is_cuda:
-        return lambda: copy
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record(torch.cuda.current_stream(tensor.device))
-
-    def wait() -> Tensor:
-        copied.synchronize()
-        return copy
-
-    return wait

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class ForwardProcess:
 
     Attributes:
         unmasking: The step that moves its chains; None for a process without one.
+        pool: How many chains there are, of which each batch holds some: P, or ``all`` for one for every training
+            sequence. None for as many as a batch has rows.
         recordable: Whether the ``start`` and ``advance`` that this very class defines can be part of a recorded step
             (``captured``): they look at no value of a tensor, treat each row by itself, and depend on the optimizer
             step through ``num_stages_at`` alone.
@@ -36,6 +39,7 @@ class ForwardProcess:
     """
 
     unmasking: Unmasking | None = None
+    pool: int | Literal["all"] | None = None
     recordable = True
 
     def __init_subclass__(cls, **kwargs: object) -> None:

@@ -10,10 +10,12 @@ Line by line, as the code goes through it, with s the stage of a chain, K the nu
 5. Reveal the highest-scored masked positions, with the tokens of x0, until target(s) are revealed.
 6. With a threshold also reveal every masked position whose top-1 probability exceeds it; then s is the stage that
    what is revealed belongs to, and a chain with nothing masked is over.
-7. A new clean sequence takes the place of a chain that is over (``training/stream.py``).
+7. A new clean sequence takes the place of a chain that is over (``training/stream.py``). With a ``pool`` there are
+   more chains than a batch has rows, and they take turns (``training/pooled.py``).
 """
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +38,12 @@ class ProgressiveUnmasking(ForwardProcess):
             an answer of fewer than K positions is trained on more than once with the same mask.
         policy: Scores masked positions; the highest are revealed first.
         threshold: If given, also reveal every masked position whose top-1 probability exceeds it.
+        pool: P, to train each step on B of P chains in shuffled order, so that a sequence's masks are spread over many
+            steps: a multiple of the batch size (times accumulation), for each process. ``all`` keeps a chain for every
+            training sequence and moves it on once an epoch. By default P = B, the paper's batch streaming. A chain
+            that waits has been moved by a model of up to two passes over the pool ago. The posterior and the minimiser
+            stay the same, as any policy that does not see what is masked keeps them (Propositions 2 and 3); what is
+            approximate is that the order is that of the *current* model.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -60,7 +68,13 @@ class ProgressiveUnmasking(ForwardProcess):
         num_stages: int | list[tuple[int, int]] = 8,
         policy: PolicyLike = Confidence(),  # noqa: B008 - policies hold no state
         threshold: float | None = None,
+        pool: int | Literal["all"] | None = None,
     ) -> None:
+        if pool is not None and pool != "all" and (type(pool) is not int or pool < 1):
+            raise ValueError(
+                f"pool: expected a number of chains, or all, got {pool!r}; null has as many as a batch has rows"
+            )
+        self.pool = pool
         self.schedule = StepSchedule("num_stages", num_stages)
         self.unmasking = Unmasking(policy, threshold)
 
