@@ -6,7 +6,7 @@ distributions agree to rounding or they don't.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -182,17 +182,29 @@ class Chain:
         """The distribution of (xt, stage, done)."""
         return self.state.sum(0)
 
-    def visits(self, draws: str = "teacher", longest: int = 60) -> Tensor:
-        """How often a chain is at (x0, xt) on average, all its steps together: (sequences, states)."""
+    def visits(self, longest: int = 60, models: Iterator[Tensor] | None = None) -> Tensor:
+        """How often a chain is at (x0, xt) on average, all its steps together: (sequences, states).
+
+        With ``models`` every step is taken by another one, as in a pool, where a chain waits while the model learns.
+        """
         total = torch.zeros(self.sizes[:2], dtype=torch.double)
         for _ in range(longest):
             running = self.state[..., 0].sum(-1)
             if running.sum() < EXACT:
                 break
             total += running
-            self.advance(draws)
+            if models is not None:
+                self.table = next(models)
+            self.advance()
         assert self.state[..., 0].sum() < EXACT, "chains are still going on"
         return total
+
+
+def ever_other_models(data: Toy) -> Iterator[Tensor]:
+    """What one model after another says of every xt, (states, L, V + 1)."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield data.logits(2 * torch.randn(*data.conditionals.shape, dtype=torch.double, generator=generator))
 
 
 def largest_first(x0: Tensor) -> Tensor:
@@ -205,11 +217,15 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().sum() / 2)
 
 
-def agreement(data: Toy, process, logits, enumerated, draws: str, peeking=None, steps: int = 6) -> list[float]:
+def agreement(
+    data: Toy, process, logits, enumerated, draws: str, peeking=None, steps: int = 6, models=None
+) -> list[float]:
     """Of the teacher's chain and a student's, at every step."""
     teacher, student = (Chain(data, process, logits, enumerated, peeking) for _ in "ab")
     found = [distance(teacher.boards(), student.boards())]
     for _ in range(steps):
+        if models is not None:
+            teacher.table = student.table = next(models)
         teacher.advance()
         student.advance(draws)
         found.append(distance(teacher.boards(), student.boards()))
@@ -277,10 +293,21 @@ def test_a_policy_that_peeks_visits_other_boards(threshold, enumerated):
     assert max(agreement(data, process, logits, enumerated, "joint", largest_first)) > 0.02
 
 
+@policies
+@thresholds
+def test_a_chain_that_waits_visits_what_inference_by_the_models_of_then_visits(policy, threshold, enumerated):
+    """In a pool each step of a chain is taken by another model: it is aligned with those, not with the last one."""
+    data = toy(1, 3)
+    process = ProgressiveUnmasking(3, policy, threshold)
+    logits = data.true_logits()
+    every = ever_other_models(data)
+    assert max(agreement(data, process, logits, enumerated, "joint", models=every)) < EXACT
+
+
 # --- The chain keeps the posterior ---
 
 
-def posterior_error(data: Toy, process, logits, enumerated, peeking=None, steps: int = 6) -> float:
+def posterior_error(data: Toy, process, logits, enumerated, peeking=None, steps: int = 6, models=None) -> float:
     """The largest difference of p(x0 | xt) under the chain from that of the data, at every step and stage."""
     chain = Chain(data, process, logits, enumerated, peeking)
     worst = 0.0
@@ -291,6 +318,8 @@ def posterior_error(data: Toy, process, logits, enumerated, peeking=None, steps:
         error = (under_chain - data.posterior[:, None]).abs().amax(-1)
         if (seen > EXACT).any():
             worst = max(worst, float(error[seen > EXACT].max()))
+        if models is not None:
+            chain.table = next(models)
         chain.advance()
     return worst
 
@@ -311,6 +340,16 @@ def test_what_is_masked_is_distributed_as_in_the_data(policy, threshold, given, 
     assert posterior_error(data, process, logits, enumerated) < EXACT
 
 
+@policies
+@thresholds
+@stages
+def test_so_it_is_whichever_model_moves_a_chain_when(policy, threshold, num_stages, enumerated):
+    """As in a pool, whose chains wait while the model learns."""
+    data = toy(4, 3)
+    process = ProgressiveUnmasking(num_stages, policy, threshold)
+    assert posterior_error(data, process, data.true_logits(), enumerated, models=ever_other_models(data)) < EXACT
+
+
 def test_a_policy_that_peeks_changes_the_posterior(enumerated):
     """The control: a masked position is then known to hold no large token."""
     data = toy(4, 3)
@@ -328,11 +367,11 @@ def puma_loss(data: Toy, visits: Tensor, logits: Tensor) -> Tensor:
     return (each * visits[x0, xt]).sum() / visits.sum()
 
 
-def gradient_at_truth(data: Toy, process, enumerated, peeking=None) -> float:
+def gradient_at_truth(data: Toy, process, enumerated, peeking=None, models=None) -> float:
     """The largest entry of the loss's gradient in the logits of a model that knows the conditionals."""
     believed = data.conditionals.clamp_min(1e-9).log().requires_grad_()
     logits = data.logits(believed)
-    visits = Chain(data, process, logits.detach(), enumerated, peeking).visits()
+    visits = Chain(data, process, logits.detach(), enumerated, peeking).visits(models=models)
     puma_loss(data, visits, logits).backward()
     return float(believed.grad.abs().max())
 
@@ -347,6 +386,16 @@ def test_at_the_true_conditionals_the_loss_has_no_gradient(policy, threshold, gi
     process = ProgressiveUnmasking(num_stages, policy, threshold)
     # The loss is in float32.
     assert gradient_at_truth(data, process, enumerated) < 1e-7
+
+
+@policies
+@thresholds
+@stages
+def test_so_it_has_whichever_model_moves_a_chain_when(policy, threshold, num_stages, enumerated):
+    """The minimiser of a pool's loss is that of every other."""
+    data = toy(5, 3)
+    process = ProgressiveUnmasking(num_stages, policy, threshold)
+    assert gradient_at_truth(data, process, enumerated, models=ever_other_models(data)) < 1e-7
 
 
 def learned_error(data: Toy, process, enumerated, peeking=None, steps: int = 300) -> float:

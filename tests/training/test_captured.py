@@ -115,9 +115,11 @@ def recorded(monkeypatch):
 
 
 def is_recorded(rows: RowsOnDevice) -> bool:
-    """Whether refill and step have been replayed."""
-    groups = list(rows._groups.values())
-    return all(g.refill.recorded and any(work.recorded for work in g.work.values()) for g in groups) and bool(groups)
+    """Whether refill, which a pool has none of, and step have been replayed."""
+    groups, pooled = list(rows._groups.values()), rows.stream.pool_name is not None
+    return all(g.refill.recorded != pooled and any(work.recorded for work in g.work.values()) for g in groups) and bool(
+        groups
+    )
 
 
 def run(
@@ -168,6 +170,8 @@ PROCESSES = {
     "mixed": MixedMasking(0.5, 3),
     "self-aligned": SelfAlignedMasking(),
     "a policy of one's own": ProgressiveUnmasking(4, lambda logits, xt: logits.amax(-1)),
+    "a pool": ProgressiveUnmasking([[0, 3], [8, 5]], threshold=0.2, pool=24),
+    "a pool of all": ProgressiveUnmasking([[0, 3], [8, 5]], pool="all"),
 }
 SETUPS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -246,10 +250,11 @@ def test_averaged_weights_are_those_of_lightning(monkeypatch, recorded, options,
 
 
 @pytest.mark.parametrize("block_size", [3, [[0, 3], [9, 6]]], ids=["blocks", "a curriculum of blocks"])
-def test_so_do_block_models(recorded, block_size):
+@pytest.mark.parametrize("pool", [None, 16, "all"])
+def test_so_do_block_models(recorded, block_size, pool):
     model = partial(BlockDiffusion, block_size=block_size)
-    losses, weights, _ = run(False, ProgressiveUnmasking(2), model)
-    again, same_weights, _ = run(True, ProgressiveUnmasking(2), model)
+    losses, weights, _ = run(False, ProgressiveUnmasking(2, pool=pool), model)
+    again, same_weights, _ = run(True, ProgressiveUnmasking(2, pool=pool), model)
     assert again == losses and same(weights, same_weights) and is_recorded(recorded[0])
 
 
@@ -282,7 +287,7 @@ def test_a_large_vocabulary_is_recorded_for_buckets_of_masked_positions(monkeypa
     after=st.booleans(),
     executions=st.sampled_from([1, 2, 4]),
     accumulate=st.sampled_from([1, 2]),
-    process=st.sampled_from(["threshold", "schedule"]),
+    process=st.sampled_from(["threshold", "schedule", "a pool", "a pool of all"]),
     data=st.sampled_from([ROWS, Endless()]),
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
@@ -290,6 +295,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 ):
     """Wherever it was saved, with steps recorded or not before and after, and with any number in an execution."""
     folder = tmp_path_factory.mktemp("run")
+    data = ROWS if process == "a pool of all" else data
     options = {"process": PROCESSES[process], "accumulate_grad_batches": accumulate, "data": data, "steps": 16}
     if isinstance(data, Endless):
         options["limit_train_batches"] = 16

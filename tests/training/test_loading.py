@@ -215,3 +215,33 @@ def test_a_timeout_without_workers_is_refused():
     """PyTorch asserts that there is none."""
     with pytest.raises(ValueError, match=r"train_dataloader: expected no timeout without workers, got timeout=3"):
         CleanSequences(DataLoader(Rows(), BATCH, timeout=3), MASK, V)
+
+
+@pytest.mark.parametrize(
+    ("pool", "accumulate", "said"),
+    [
+        (10, 1, r"pool: expected a multiple of 4, .* got 10; give 8"),
+        (3, 1, r"pool: expected a multiple of 4, .* got 3; give 4"),
+        (12, 2, r"pool: expected a multiple of 8, .* got 12; give 16"),
+        (1000, 1, r"pool: expected at most 44, .* got 1000; give all"),
+    ],
+)
+def test_a_pool_that_does_not_fit_is_refused(pool, accumulate, said):
+    with pytest.raises(ValueError, match=said):
+        fit(0, process=ProgressiveUnmasking(2, pool=pool), accumulate_grad_batches=accumulate)
+
+
+@pytest.mark.parametrize(
+    ("pool", "accumulate", "name"), [(4, 1, None), (8, 2, None), (8, 1, 8), ("all", 1, "all"), (None, 1, None)]
+)
+def test_a_pool_of_as_many_chains_as_an_update_trains_on_is_none(pool, accumulate, name):
+    """That is the paper's stream, in which no chain waits."""
+    process = ProgressiveUnmasking(2, pool=pool)
+    _, trainer = fit(0, process=process, accumulate_grad_batches=accumulate, max_steps=2)
+    assert trainer.lightning_module.stream.pool_name == name
+
+
+@pytest.mark.parametrize("pool", [8, "all"])
+def test_exactly_the_first_sequences_are_in_a_pool(pool):
+    seen, _ = fit(3, process=ProgressiveUnmasking(2, pool=pool), max_steps=12)
+    assert {name for batch in seen.batches for name in batch} == set(range(3 * BATCH))

@@ -180,6 +180,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "process": ProgressiveUnmasking([(0, 2), (9, 4)]),
         "ema": True,
     },
+    "a pool": {"process": ProgressiveUnmasking([(0, 2), (7, 3)], threshold=0.3, pool=16), "workers": 2},
+    "a pool of all": {"process": ProgressiveUnmasking(3, pool="all"), "val_check_interval": 4, "ema": True},
+    "a pool of all, in blocks": {
+        "block_size": [(0, 2), (7, 5)],
+        "process": ProgressiveUnmasking(3, threshold=0.3, pool="all"),
+        "workers": 2,
+    },
 }
 
 
@@ -467,7 +474,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
 def two_processes(folder: Path, **more: Any) -> None:
     """Train to the end, then again from two checkpoints, on two ranks; each writes down what it saw."""
     process = ProgressiveUnmasking(3, threshold=0.3)
-    options = {"devices": 2, "strategy": "ddp", "process": process, "max_steps": 12, **more}
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "process": process, "max_steps": 12, **more}
     full = run(folder, save_at=(4, 13), **options)
     seen = {"losses": [*full[0].losses.values()], "sequences": [*full[0].sequences.values()]}
     seen["weights"] = {name: weight.tolist() for name, weight in full[1].items()}
@@ -480,6 +487,11 @@ def two_processes(folder: Path, **more: Any) -> None:
 def two_processes_in_blocks(folder: Path) -> None:
     """The blocks of a sequence end at different times, and other ones on another rank."""
     two_processes(folder, block_size=[(0, 2), (5, 5)])
+
+
+def two_processes_with_pools(folder: Path) -> None:
+    """Each has a chain for every sequence of its share."""
+    two_processes(folder, process=ProgressiveUnmasking(3, threshold=0.3, pool="all"))
 
 
 def two_processes_of_a_large_vocabulary(folder: Path) -> None:
@@ -520,6 +532,19 @@ def test_two_processes_of_a_block_model(tmp_path):
     assert len(a["losses"]) == len(b["losses"]) and a["losses"] != b["losses"]
     held = [set(map(tuple, itertools.chain(*rank["sequences"][:6]))) for rank in (a, b)]
     assert held[0].isdisjoint(held[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the checkpoint of")
+def test_two_processes_with_a_pool_of_all(tmp_path):
+    """Each goes through its own share again and again; one process goes on with the chains of both."""
+    a, b = on_two_ranks(tmp_path, "two_processes_with_pools")
+    assert a["losses"] != b["losses"] and a["weights"] == b["weights"]
+    held = [set(map(tuple, itertools.chain(*rank["sequences"]))) for rank in (a, b)]
+    assert held[0].isdisjoint(held[1]) and [len(each) for each in held] == [26, 25]
+    process = ProgressiveUnmasking(3, threshold=0.3, pool="all")
+    _, _, trainer = run(tmp_path, tmp_path / "batch4.ckpt", process=process, max_steps=12)
+    assert trainer.global_step == 12
 
 
 @pytest.mark.slow
@@ -604,16 +629,18 @@ class Fail(pl.Callback):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_checkpoint_saved_on_an_exception_goes_on_too(tmp_path, accumulate):
+@pytest.mark.parametrize("pool", [None, 16, "all"])
+def test_a_checkpoint_saved_on_an_exception_goes_on_too(tmp_path, accumulate, pool):
     """The batch that failed is trained on again, as if nothing had happened; also if it is not the last stop."""
-    full = run(tmp_path, accumulate=accumulate)
+    options: dict[str, Any] = {"accumulate": accumulate, "process": ProgressiveUnmasking(3, pool=pool)}
+    full = run(tmp_path, **options)
     save = ModelCheckpoint(tmp_path, save_on_exception=True, every_n_train_steps=1000)
     with pytest.raises(RuntimeError, match="out of memory"):
-        run(tmp_path, accumulate=accumulate, callbacks=(save, Fail()))
+        run(tmp_path, callbacks=(save, Fail()), **options)
     (path,) = tmp_path.glob("*.ckpt")
-    assert_goes_on(full, run(tmp_path, path, accumulate=accumulate, save_at=(11, 12, 13)), 8)
+    assert_goes_on(full, run(tmp_path, path, save_at=(11, 12, 13), **options), 8)
     for after in (11, 12, 13):
-        assert_goes_on(full, run(tmp_path, tmp_path / f"batch{after}.ckpt", accumulate=accumulate), after)
+        assert_goes_on(full, run(tmp_path, tmp_path / f"batch{after}.ckpt", **options), after)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -144,7 +144,7 @@ class RowsOnDevice:
         self.supply: DeviceSupply | None = None
         self._must, self._give_up = must, give_up
         self._failed: str | None = None  # what was said when a step could not be recorded
-        self._pools: dict[tuple[Any, ...], Any] = {}
+        self._memory: dict[tuple[Any, ...], Any] = {}
         self._groups: dict[int, _Group] = {}
         self._after: Chains | None = None  # of a step that is being taken
         self._optimizer = module.trainer.optimizers[0]
@@ -166,6 +166,8 @@ class RowsOnDevice:
         if self._failed is not None:
             self._give_up(self._failed)
             return stream.refilled_by_host(index)
+        if stream.pool_name is not None:
+            return self._drawn_from_pool(index)
         if group is None:
             chains = stream.refilled_by_host(index)
             length = chains.num_blocks * chains.x0.shape[1]
@@ -194,14 +196,28 @@ class RowsOnDevice:
             return stream.refilled_by_host(index)
         return group.as_they_are()
 
+    def _drawn_from_pool(self, index: int) -> Chains:
+        """Return the rows of an accumulation group, which the host makes anew for every step, at their place."""
+        group, chains = self._groups.get(index), self.stream.refilled_by_host(index)
+        if chains.attention_mask is not None:
+            self._give_up(LENGTHS)
+            return chains
+        if group is None or _kind(group.chains) != _kind(chains):
+            group = self._take_over(index, chains)
+        else:
+            group.write(chains)
+            group.predicted.copy_(group.count_predicted())
+            self.stream.groups[index] = group.chains
+        return group.as_they_are()
+
     def _take_over(self, index: int, chains: Chains) -> "_Group":
         if index in self._groups:
             self._groups[index].forget()
-        kind = (chains.num_stages, chains.xt.shape)
-        if kind not in self._pools:
+        kind = _kind(chains)
+        if kind not in self._memory:
             # Groups of one kind share memory. That of another kind is free when all have left it.
-            self._pools[kind] = graphs.memory_pool(self.device)
-        group = self._groups[index] = _Group(self, index, chains.map(torch.clone), self._pools[kind])
+            self._memory[kind] = graphs.memory_pool(self.device)
+        group = self._groups[index] = _Group(self, index, chains.map(torch.clone), self._memory[kind])
         self.stream.groups[index] = group.chains
         return group
 
@@ -255,6 +271,10 @@ class RowsOnDevice:
             self._gradients = [(p, p.grad) for p in module.parameters() if p.grad is not None]
         if self.supply is not None:
             self.supply.note()
+        if stream.pool_name is not None:
+            moved = stream.groups[group.index]
+            assert moved is not None
+            stream.note(group.index, moved)
         return loss.clone()
 
     def _keep_gradients(self) -> None:
@@ -316,7 +336,7 @@ class RowsOnDevice:
         """Move them there: in place, if they can be."""
         after, self._after = self._after, None
         assert after is not None
-        if after.num_stages == group.chains.num_stages and after.xt.shape == group.chains.xt.shape:
+        if _kind(after) == _kind(group.chains):
             group.write(after)
         else:
             self.stream.groups[group.index] = after
@@ -387,7 +407,7 @@ class _Group:
 
     def __init__(self, rows: RowsOnDevice, index: int, chains: Chains, pool: Any) -> None:
         self.rows, self.index, self.chains, self.pool = rows, index, chains, pool
-        self.predicted = self._predicted()
+        self.predicted = self.count_predicted()
         self.work: dict[tuple[Any, ...], graphs.Graph[Tensor]] = {}
         self.refill = graphs.Graph(self._refill, rows.device, [rows.generators["start"]], pool=pool)
 
@@ -431,11 +451,16 @@ class _Group:
         for name, rows in chains.tensors().items():
             new = fresh.tensors()[name][source]
             rows.copy_(torch.where(entering.view(-1, *[1] * (rows.dim() - 1)), new, rows))
-        self.predicted.copy_(self._predicted())
+        self.predicted.copy_(self.count_predicted())
 
-    def _predicted(self) -> Tensor:
+    def count_predicted(self) -> Tensor:
         """Count the positions that are predicted."""
         return self.rows.module.predicted_positions(self.rows.stream.batch_of(self.chains)).sum()
+
+
+def _kind(chains: Chains) -> tuple[Any, ...]:
+    """Tell what must be the same of chains for one to be written in the place of another."""
+    return chains.num_stages, chains.xt.shape
 
 
 def _refusal(obstacle: str) -> ValueError:

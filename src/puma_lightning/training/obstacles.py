@@ -87,8 +87,6 @@ def _of_chains(module: "StreamedModule") -> str | None:
         owner = next(base for base in type(process).__mro__ if name in vars(base))
         if not vars(owner).get("recordable", False):
             return f"{name} of {owner.__name__}, which does not say that it is recordable"
-    if stream.pool_name is not None:
-        return f"a pool ({stream.pool_name}), whose chains wait on the host"
     if stream.sequences.lengths_may_vary or stream.peek()["chains"].attention_mask is not None:
         return LENGTHS
     if not stream.draws_for_all_rows:

@@ -199,6 +199,9 @@ def test_a_plain_function_is_a_policy():
         ({"threshold": 1.5}, "threshold"),
         ({"threshold": float("nan")}, "threshold"),
         ({"policy": "confidence"}, "policy"),
+        ({"pool": 0}, "pool"),
+        ({"pool": "some"}, "pool"),
+        ({"pool": True}, "pool"),
     ],
     ids=str,
 )
