@@ -12,11 +12,13 @@ from puma_lightning.chain.policies import Confidence, Entropy, LeftToRight, Marg
 from puma_lightning.chain.reveal import reveal
 from puma_lightning.chain.student import BlockSampler, LeftToRightSampler, Sample, Sampler
 from puma_lightning.chain.teacher import (
+    ComplementaryMasking,
     ForwardProcess,
     MixedMasking,
     ProgressiveUnmasking,
     RandomMasking,
     SelfAlignedMasking,
+    ShortStays,
 )
 from puma_lightning.data.batch import pad_collate
 from puma_lightning.data.sudoku.datamodule import SudokuDataModule
@@ -36,6 +38,7 @@ __all__ = [
     "BlockSampler",
     "CellAccuracy",
     "ChainDiagnostics",
+    "ComplementaryMasking",
     "Confidence",
     "Entropy",
     "ForwardProcess",
@@ -54,6 +57,7 @@ __all__ = [
     "Sample",
     "Sampler",
     "SelfAlignedMasking",
+    "ShortStays",
     "StepProgressBar",
     "SudokuDataModule",
     "SudokuSolved",

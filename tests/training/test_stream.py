@@ -35,11 +35,13 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from puma_lightning.chain.blocks import cut_blocks, join_blocks
 from puma_lightning.chain.stages import StepSchedule
 from puma_lightning.chain.teacher import (
+    ComplementaryMasking,
     ForwardProcess,
     MixedMasking,
     ProgressiveUnmasking,
     RandomMasking,
     SelfAlignedMasking,
+    ShortStays,
 )
 from puma_lightning.data.batch import pad_collate
 from puma_lightning.training.sequences import CleanSequences, derived_seed
@@ -211,8 +213,21 @@ def test_ranks_mask_differently():
         RandomMasking(),
         MixedMasking(0.5, 3),
         SelfAlignedMasking(),
+        ComplementaryMasking(),
+        ShortStays(0.3, 3),
+        RandomMasking(stratified=True),
     ],
-    ids=["K=3", "threshold", "schedule", "baseline", "mixed", "self-aligned"],
+    ids=[
+        "K=3",
+        "threshold",
+        "schedule",
+        "baseline",
+        "mixed",
+        "self-aligned",
+        "complementary",
+        "short stays",
+        "stratified",
+    ],  # fmt: skip
 )
 def test_a_restored_stream_goes_on_bit_by_bit(process, at):
     """Mid-chain, mid-accumulation, before a switch of K: the same chains as if it had never stopped."""

@@ -75,3 +75,22 @@ def test_stratified_masking_averages_to_uniform():
     for row in range(3):
         counts = torch.bincount(n[:, row], minlength=5)[1:]
         assert ((counts - 500) ** 2 / 500).sum() < 22  # chi-square, 3 degrees of freedom
+
+
+def test_stratified_counts_have_the_same_expectation_and_less_variance():
+    """Every row's count is uniform in 1..A as without; in each batch they are spread evenly."""
+    rows, answer = 8, 16
+    x0 = torch.zeros(rows, answer, dtype=torch.long)
+    nothing = torch.zeros_like(x0).bool()
+    counts = {}
+    for stratified in (False, True):
+        process = RandomMasking(stratified)
+        counts[stratified] = torch.stack([begin(process, x0, nothing, seed).masked.sum(1) for seed in range(3000)])
+        for row in counts[stratified].T:
+            seen = torch.bincount(row, minlength=answer + 1)
+            expected = 3000 / answer
+            assert not seen[0] and ((seen[1:] - expected) ** 2 / expected).sum() < 45  # chi-square, 15 degrees
+    for batch in counts[True]:
+        assert torch.equal((batch.sort().values - 1) // 2, torch.arange(rows))
+    variance = {name: each.float().mean(1).var() for name, each in counts.items()}
+    assert variance[True] < variance[False] / 8
