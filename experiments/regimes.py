@@ -58,16 +58,17 @@ def queue(num_stages: int, batch_size: int, seeds: int) -> tuple[Entry, ...]:
         "random": choose("RandomMasking", stratified=False),
         "puma": puma_with(num_stages),
         "puma_t0.9": puma_with(num_stages, threshold=0.9),
-        "all": puma_with(num_stages, pool="all"),
+        "pool_64b_t0.9": puma_with(num_stages, pool=64 * batch_size, threshold=0.9),
         "all_t0.9": puma_with(num_stages, pool="all", threshold=0.9),
     }
     controls = {
-        # Stratified and spread over the run as a pool of all is, but not aligned.
+        "pool_64b": puma_with(num_stages, pool=64 * batch_size),
+        "all": puma_with(num_stages, pool="all"),
+        # Spread over the run as a pool of all is, but not aligned.
         "all_random_order": puma_with(num_stages, pool="all", policy="RandomOrder"),
         # Correlated as PUMA is, but not aligned.
         "puma_random_order": puma_with(num_stages, policy="RandomOrder"),
         "pool_8b": puma_with(num_stages, pool=8 * batch_size),
-        "pool_64b": puma_with(num_stages, pool=64 * batch_size),
         "all_unshuffled": (*puma_with(num_stages, pool="all"), "--data.class_path=_controls.UnshuffledSudoku"),
     }
     few = {
@@ -85,6 +86,8 @@ def queue(num_stages: int, batch_size: int, seeds: int) -> tuple[Entry, ...]:
         for name in ("stratified", "all_t0.9")
     }
     others = {
+        "complementary": choose("ComplementaryMasking"),
+        "short_stays": choose("ShortStays", num_stages=num_stages, leaving=0.3, threshold=0.9),
         "self_aligned": choose("SelfAlignedMasking"),
         "mixed": choose("MixedMasking", num_stages=num_stages, random_share=0.5),
         "puma_k3_t0.9": puma_with(3, threshold=0.9),
@@ -92,12 +95,12 @@ def queue(num_stages: int, batch_size: int, seeds: int) -> tuple[Entry, ...]:
     first, more, three = range(min(3, seeds)), range(3, seeds), range(3)
     return (
         Entry("what wins?", main, first),
-        Entry("why?", controls, three),
-        Entry("few puzzles, many epochs", few, three),
         Entry("what wins? more seeds", main, more),
+        Entry("why?", controls, three),
+        Entry("other processes", others, three),
+        Entry("few puzzles, many epochs", few, three),
         Entry("K", stages, three),
         Entry("batches", batches, three),
-        Entry("other processes", others, three),
     )
 
 

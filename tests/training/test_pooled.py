@@ -73,6 +73,21 @@ def test_every_chain_of_a_pool_has_a_turn_in_each_pass(groups):
     assert len({tuple(each) for each in passes}) == 3
 
 
+@pytest.mark.parametrize("threshold", [None, 0.6])
+def test_each_batch_of_a_pass_holds_chains_of_all_stages_evenly(threshold):
+    """Of the chains of the pool, sorted by the share that is masked when the pass begins, one of each stratum."""
+    stream = pooled(ProgressiveUnmasking(6, threshold=threshold), 32)
+    train(stream, 8)
+    for _ in range(4):
+        shares = stream.pool.share_masked()
+        strata = shares.sort().values.view(4, 8)
+        for _ in range(8):
+            stream.peek()
+            mine = shares[stream._rows].sort().values
+            assert (strata[:, 0] <= mine).all() and (mine <= strata[:, -1]).all()
+            train(stream, 1)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_pool_of_all_is_a_pass_over_the_data(world_size):
     """A rank has the same sequences in every pass, and all ranks together have all of them."""

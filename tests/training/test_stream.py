@@ -227,7 +227,7 @@ def test_ranks_mask_differently():
         "complementary",
         "short stays",
         "stratified",
-    ],  # fmt: skip
+    ],
 )
 def test_a_restored_stream_goes_on_bit_by_bit(process, at):
     """Mid-chain, mid-accumulation, before a switch of K: the same chains as if it had never stopped."""

@@ -64,6 +64,18 @@ class Pool:
         self._arrive(rows)
         return ~(self._masked[rows] > 0).any(1)
 
+    def share_masked(self) -> Tensor:
+        """Return the share of each row's answer that is masked, (P,) float; 1 where all chains are over, as they start.
+
+        Of a pool that keeps its sequences.
+        """
+        self.settle()
+        masked = _unpacked(self._masked).sum(1)
+        if self._sequences is None:
+            return torch.ones(self.size)
+        answer = (~self._sequences["prompt_mask"]).sum(1)
+        return torch.where(masked > 0, masked / answer.clamp_min(1), 1.0)
+
     def put(self, rows: Tensor, sequences: Batch) -> None:
         """Keep sequences in some rows, (n,) int64."""
         sequences = {"attention_mask": sequences["prompt_mask"] | True, **sequences}

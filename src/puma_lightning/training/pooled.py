@@ -22,7 +22,8 @@ class PooledStream(Stream):
     The pool is gone through in passes, each in an order of its own, so that every chain takes a step in each pass. A
     chain that waits was moved last by the policy of up to two passes ago. Each rank has a pool of its own.
 
-    - A pool of P chains: a sequence whose chains are over gives its row to the next fresh one.
+    - A pool of P chains: a sequence whose chains are over gives its row to the next fresh one. Each batch holds chains
+      of all stages evenly.
     - A pool of all: every training sequence has a row. A pass is a pass over the data, read in the loader's order, and
       a sequence whose chains are over starts again at its next turn. A rank has the same sequences in every pass.
 
@@ -104,9 +105,20 @@ class PooledStream(Stream):
         """Return the rows whose turn it is, (B,) int64: the next in this pass over the pool."""
         number, first = divmod(self.step * self.batch_size, self.pool.size)
         if number != self._pass:
-            generator = torch.Generator().manual_seed(self.seed_of(number, "turn"))
-            self._pass, self._order = number, torch.randperm(self.pool.size, generator=generator)
+            self._pass, self._order = number, self._new_order(number)
         return self._order[first : first + self.batch_size]
+
+    def _new_order(self, number: int) -> Tensor:
+        """Return an order of all rows, (P,) int64, in which each batch holds chains of all stages evenly.
+
+        Sorted by how much is masked, in random order where that is the same, the rows are cut into B strata, and each
+        batch has one of each.
+        """
+        generator = torch.Generator().manual_seed(self.seed_of(number, "turn"))
+        order = torch.randperm(self.pool.size, generator=generator)
+        order = order[self.pool.share_masked()[order].argsort(stable=True)]
+        batches = order.view(self.batch_size, -1).T
+        return batches[torch.randperm(len(batches), generator=generator)].flatten()
 
     def note(self, group: int, chains: Chains) -> None:
         self.pool.note(self._rows, chains)
@@ -118,12 +130,13 @@ class PooledStream(Stream):
         if in_flight or self._made_at == self.step:
             now = state["step"] % len(self.groups)
             at_hand[now] = state["groups"][now]
-        return {**state, "groups": at_hand, "pool": {**self.pool.state(), "rows": self._rows}}
+        turn = {"rows": self._rows, "pass": self._pass, "order": self._order}
+        return {**state, "groups": at_hand, "pool": {**self.pool.state(), **turn}}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         super().restore(snapshot)
         self.pool.restore(snapshot["pool"])
-        self._rows, self._pass = snapshot["pool"]["rows"], -1
+        self._rows, self._pass, self._order = (snapshot["pool"][name] for name in ("rows", "pass", "order"))
         made = self.groups[self.step % len(self.groups)] is not None
         self._made_at = self.step if made else -1
 
