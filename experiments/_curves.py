@@ -38,11 +38,20 @@ def first_reach(curve: Curve, level: float) -> float | None:
     return None
 
 
-def speed_up(baseline: Sequence[Curve], other: Sequence[Curve], resamples: int = 2000) -> dict[str, Any]:
+def speed_up(
+    baseline: Sequence[Curve], other: Sequence[Curve], resamples: int = 2000, paired: bool = False
+) -> dict[str, Any]:
     """How many times sooner another way reaches the baseline's final value than the baseline itself first does.
 
     Of the mean curves over seeds. The interval is that of a bootstrap over seeds, of both sides: its ends are the 2.5th
     and 97.5th percentile. A resample in which the other never gets there counts as 0, and is counted.
+
+    Args:
+        baseline: A curve for each seed.
+        other: The same.
+        resamples: Of the bootstrap.
+        paired: Whether both sides have the same seeds, in this order, which are drawn together then: a seed says
+            what the first weights are, on which more depends than on how they are trained.
 
     Returns:
         ``speed_up`` (None if never reached or the level is 0), ``interval`` (None of fewer than 3 seeds, or if the
@@ -61,7 +70,11 @@ def speed_up(baseline: Sequence[Curve], other: Sequence[Curve], resamples: int =
     rng = random.Random(0)
     ratios, lowest = [], level
     for _ in range(resamples):
-        resampled = (rng.choices(side, k=len(side)) for side in (baseline, other))
+        if paired:
+            drawn = rng.choices(range(len(baseline)), k=len(baseline))
+            resampled = [[side[i] for i in drawn] for side in (baseline, other)]
+        else:
+            resampled = [rng.choices(side, k=len(side)) for side in (baseline, other)]
         reached, one, two = once(*resampled)
         lowest = min(lowest, reached)
         ratios.append(0.0 if two is None else one / two)
@@ -75,6 +88,15 @@ def speed_up(baseline: Sequence[Curve], other: Sequence[Curve], resamples: int =
         "never": ratios.count(0.0) / resamples,
         "at_first_validation": others is not None and others <= min(mean(other)),
     }
+
+
+def difference(baseline: Sequence[Curve], other: Sequence[Curve], resamples: int = 2000) -> dict[str, Any]:
+    """How much higher the final value of the other is, seed by seed; the interval is that of a bootstrap over seeds."""
+    each = [two[max(two)] - one[max(one)] for one, two in zip(baseline, other, strict=True)]
+    rng = random.Random(0)
+    means = sorted(statistics.mean(rng.choices(each, k=len(each))) for _ in range(resamples))
+    ends = [round(means[int(share * (resamples - 1))], 4) for share in (0.025, 0.975)]
+    return {"difference": round(statistics.mean(each), 4), "interval": ends if len(each) >= 3 else None}
 
 
 def draw(axis: Axes, by_label: Mapping[str, Sequence[Curve]], x_label: str, y_label: str) -> None:

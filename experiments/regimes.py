@@ -10,16 +10,20 @@ validation. Runs that are done, or that another process is at, are skipped; an i
 
 import argparse
 import json
+import math
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from _curves import Curve, difference, speed_up
 from _runs import ROOT, Point, Run, claim, command, write_csv
 from _watch import DONE, read_values
 from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 
 from puma_lightning.cli import main as puma
 
@@ -150,6 +154,92 @@ def points(found: list[tuple[str, int]], folder: Path) -> list[Point]:
     ]
 
 
+def baseline_of(name: str) -> str:
+    """The run that a run is compared with, which has the same data and batches."""
+    found = re.search(r"_[nb]\d+$", name)
+    return "stratified" + (found.group() if found else "")
+
+
+MEASURES = {
+    "val/solved/confidence_1": "solved, 1 cell a pass",
+    "val/solved/confidence_3": "solved, 3 cells a pass",
+    "val/solved/confidence_6": "solved, 6 cells a pass",
+    "val/loss": "probability of a token",  # exp(-NELBO), so that higher is better here too
+}
+
+
+def by_seed(points: list[Point], name: str, measure: str, steps: int) -> dict[int, Curve]:
+    """The curves of whole runs."""
+    found: dict[int, Curve] = {}
+    for point in points:
+        if point.run == name and point.metric == measure:
+            value = math.exp(-point.value) if measure == "val/loss" else point.value
+            found.setdefault(point.seed, {})[point.step] = value
+    return {seed: curve for seed, curve in sorted(found.items()) if max(curve) >= steps}
+
+
+def report(points: list[Point], names: list[str], steps: int) -> dict[str, Any]:
+    """Compare each run with its baseline, over the seeds that both have: speed-up, difference, final values.
+
+    Args:
+        points: Every value.
+        names: Of the runs.
+        steps: Of a whole run.
+    """
+    found: dict[str, Any] = {}
+    for measure, title in MEASURES.items():
+        found[title] = {}
+        for name in names:
+            one, two = (by_seed(points, each, measure, steps) for each in (baseline_of(name), name))
+            if not two:
+                continue
+            said: dict[str, Any] = {"final": {seed: round(curve[max(curve)], 4) for seed, curve in two.items()}}
+            if common := sorted(set(one) & set(two)) if name != baseline_of(name) else []:
+                sides = [one[seed] for seed in common], [two[seed] for seed in common]
+                said |= {"seeds": common, **speed_up(*sides, paired=True), "final_difference": difference(*sides)}
+            found[title][name] = said
+    return found
+
+
+def picture(found: dict[str, Any]) -> Figure:
+    """How many times sooner each run is where its baseline ends, with intervals; at the left edge if it never is."""
+    figure = Figure(figsize=(10, 1.2 + 0.24 * max(len(runs) for runs in found.values())), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    names = [name for name in next(iter(found.values())) if name != baseline_of(name)]
+    for axis, (title, runs) in zip(axes, found.items(), strict=True):
+        for place, name in enumerate(names):
+            sooner = runs.get(name, {}).get("speed_up")
+            interval = runs.get(name, {}).get("interval")
+            wins, loses = (interval and interval[0] > 1), (interval and interval[1] < 1)
+            color = "C2" if wins else "C3" if loses else "0.4"
+            if interval:
+                axis.plot(interval, [place, place], color=color, linewidth=2)
+            axis.plot([sooner or 0], [place], "o" if sooner else "x", color=color, markersize=5)
+        axis.axvline(1, color="0.7", linewidth=1, zorder=0)
+        axis.set(title=title, yticks=range(len(names)), yticklabels=names, xlim=(-0.05, 2))
+        axis.title.set_fontsize(9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].invert_yaxis()
+    figure.supxlabel("times sooner than random masks with stratified counts (95% intervals over seeds)", fontsize=9)
+    return figure
+
+
+def write(out: Path, found: list[tuple[str, int]], folder: Path, runs: dict[str, Run]) -> None:
+    """Write all values, what they say, and a picture of it."""
+    known = points(found, folder)
+    write_csv(out.with_suffix(".csv"), known)
+    ends = [point.step for point in known]
+    if not ends:
+        return
+    names = list(dict.fromkeys(name for name, _ in found))
+    said = report(known, names, max(ends))
+    settings = {name: {"config": runs[name].config, "flags": runs[name].flags} for name in names}
+    text = json.dumps({"steps": max(ends), "runs": settings, **said}, indent=1)
+    out.with_suffix(".json").write_text(text + "\n")
+    picture(said).savefig(out.with_suffix(".png"))
+
+
 def main() -> None:
     """Make the runs of the queue that are not done, and write what is known after each."""
     parser = argparse.ArgumentParser(
@@ -163,6 +253,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of the runs; default runs/experiments/regimes_SCALE")
     parser.add_argument("--threads", type=int, help="CPU threads; default what PyTorch chooses")
     parser.add_argument("--out", type=Path, help="of the results; default experiments/results")
+    parser.add_argument("--report", action="store_true", help="make no run: write what is known")
     args, flags = parser.parse_known_args()
     if any(flag.split("=")[0] == "--seed_everything" for flag in flags):
         parser.error("--seed_everything would make all seeds the same run: give --seeds")
@@ -180,12 +271,16 @@ def main() -> None:
     todo = jobs(entries, args.only, args.seeds)
     for name, seed in todo:
         claim(folder / f"{name}_{seed}", runs[name], seed, flags, runs)
+    results = out / f"regimes_{args.scale}"
+    if args.report:
+        write(results, todo, folder, runs)
+        return
     for number, (name, seed) in enumerate(todo):
         if deadline is not None and time.monotonic() > deadline:
             break
         print(f"\n== {name}, seed {seed}: run {number + 1} of {len(todo)}", flush=True)
         make(name, runs[name], seed, folder, flags, deadline)
-        write_csv(out / f"regimes_{args.scale}.csv", points(todo, folder))
+        write(results, todo, folder, runs)
 
 
 if __name__ == "__main__":
