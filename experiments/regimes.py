@@ -66,13 +66,17 @@ def queue(num_stages: int, batch_size: int, seeds: int) -> tuple[Entry, ...]:
         "all_t0.9": puma_with(num_stages, pool="all", threshold=0.9),
     }
     controls = {
+        # Without the threshold; spread over the run in the same way, but not aligned.
         "pool_64b": puma_with(num_stages, pool=64 * batch_size),
-        "all": puma_with(num_stages, pool="all"),
-        # Spread over the run as a pool of all is, but not aligned.
-        "all_random_order": puma_with(num_stages, pool="all", policy="RandomOrder"),
+        "pool_64b_random_order": puma_with(num_stages, pool=64 * batch_size, policy="RandomOrder"),
         # Correlated as PUMA is, but not aligned.
         "puma_random_order": puma_with(num_stages, policy="RandomOrder"),
-        "pool_8b": puma_with(num_stages, pool=8 * batch_size),
+        "pool_256b_t0.9": puma_with(num_stages, pool=256 * batch_size, threshold=0.9),
+        "pool_8b_t0.9": puma_with(num_stages, pool=8 * batch_size, threshold=0.9),
+    }
+    everything = {
+        "all": puma_with(num_stages, pool="all"),
+        "all_random_order": puma_with(num_stages, pool="all", policy="RandomOrder"),
         "all_unshuffled": (*puma_with(num_stages, pool="all"), "--data.class_path=_controls.UnshuffledSudoku"),
     }
     few = {
@@ -81,13 +85,16 @@ def queue(num_stages: int, batch_size: int, seeds: int) -> tuple[Entry, ...]:
         for name in ("stratified", "puma_t0.9", "all_t0.9")
     }
     stages = {
+        **{f"pool_64b_t0.9_k{k}": puma_with(k, pool=64 * batch_size, threshold=0.9) for k in (3, 2 * num_stages)},
         **{f"puma_k{k}": puma_with(k) for k in (2, 3, 2 * num_stages)},
-        **{f"all_t0.9_k{k}": puma_with(k, pool="all", threshold=0.9) for k in (3, 2 * num_stages)},
     }
     batches = {
-        f"{name}_b{size}": (*main[name], f"--data.init_args.batch_size={size}")
+        f"{name}_b{size}": (*flags, f"--data.init_args.batch_size={size}")
         for size in (batch_size // 4, 2 * batch_size)
-        for name in ("stratified", "all_t0.9")
+        for name, flags in (
+            ("stratified", main["stratified"]),
+            ("pool_64b_t0.9", puma_with(num_stages, pool=64 * size, threshold=0.9)),
+        )
     }
     others = {
         "complementary": choose("ComplementaryMasking"),
@@ -104,6 +111,7 @@ def queue(num_stages: int, batch_size: int, seeds: int) -> tuple[Entry, ...]:
         Entry("other processes", others, three),
         Entry("few puzzles, many epochs", few, three),
         Entry("K", stages, three),
+        Entry("a chain for every sequence", everything, three),
         Entry("batches", batches, three),
     )
 
